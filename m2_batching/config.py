@@ -1,0 +1,45 @@
+"""Every knob of this stage."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class SchedulingPolicy(Enum):
+    """Which waiting request is admitted next."""
+
+    FCFS = "fcfs"
+    PRIORITY = "priority"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What an engine is built with; a value that cannot work is a ValueError."""
+
+    max_model_len: int = 2048
+    """Longest prompt plus output of one request, in tokens; also the length of a cache slot."""
+    kv_cache_bytes: int | None = None
+    """Memory for keys and values, whence the number of slots; None takes what is free."""
+    gpu_memory_utilization: float = 0.9
+    """Part of the device's memory that this process may fill when kv_cache_bytes is None."""
+    max_num_seqs: int = 256
+    """Most requests running at once."""
+    max_num_batched_tokens: int = 8192
+    """Most tokens in one step, counting the padding of shorter prompts."""
+    scheduling_policy: SchedulingPolicy = SchedulingPolicy.FCFS
+
+    def __post_init__(self) -> None:
+        if self.max_model_len < 1:
+            raise ValueError(f"max_model_len must be at least 1, got {self.max_model_len}")
+        if self.kv_cache_bytes is not None and self.kv_cache_bytes < 1:
+            raise ValueError(f"kv_cache_bytes must be at least 1, got {self.kv_cache_bytes}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ValueError(
+                f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}"
+            )
+        if self.max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
+        if self.max_num_batched_tokens < self.max_model_len:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_model_len ({self.max_model_len}): a prompt is computed in one step"
+            )

@@ -1,0 +1,138 @@
+"""Which requests run in the next step, and how many tokens of each."""
+
+import heapq
+from dataclasses import dataclass
+from itertools import count
+
+from folovllm.interfaces import SamplerOutput, StepOutput, StepStats, TokenOutput
+from folovllm.request import FinishReason, Request, RequestStatus
+
+from .config import EngineConfig, SchedulingPolicy
+from .kv_cache_manager import KVCacheManager
+
+
+@dataclass(frozen=True)
+class ScheduledRequest:
+    """One request's share of a step."""
+
+    request: Request
+    num_scheduled_tokens: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class SchedulerOutput:
+    """What one step computes; empty when there is nothing to do."""
+
+    scheduled: tuple[ScheduledRequest, ...]
+
+
+class Scheduler:
+    """Requests join and leave the batch at every step (iteration-level scheduling, Orca).
+
+    First come, first served, or by priority and then first come. A step computes whole prompts
+    if any can start, else one token of every running request: a padded batch of both would be
+    mostly padding.
+    """
+
+    def __init__(self, config: EngineConfig, kv_cache_manager: KVCacheManager) -> None:
+        self.config = config
+        self.kv_cache_manager = kv_cache_manager
+        self.requests: dict[str, Request] = {}
+        self.waiting: list[tuple[int, int, Request]] = []
+        """A heap of (priority, order of arrival, request)."""
+        self.running: list[Request] = []
+        self.arrivals = count()
+
+    def add_request(self, request: Request) -> None:
+        if request.request_id in self.requests:
+            raise ValueError(f"request id {request.request_id!r} is in use; give every request its own")
+        self.requests[request.request_id] = request
+        by_priority = self.config.scheduling_policy is SchedulingPolicy.PRIORITY
+        priority = request.priority if by_priority else 0
+        heapq.heappush(self.waiting, (priority, next(self.arrivals), request))
+
+    def abort_request(self, request_id: str) -> None:
+        request = self.requests.get(request_id)
+        if request is None:
+            return
+        if request.status is RequestStatus.WAITING:
+            self.waiting = [entry for entry in self.waiting if entry[2] is not request]
+            heapq.heapify(self.waiting)
+        request.finish(FinishReason.ABORT)
+        self._release_finished()
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.requests)
+
+    def schedule(self) -> SchedulerOutput:
+        """Start the prompts that can start; if none can, advance everything that runs."""
+        scheduled = self._schedule_waiting() or self._schedule_running()
+        return SchedulerOutput(scheduled=tuple(scheduled))
+
+    def _schedule_waiting(self) -> list[ScheduledRequest]:
+        scheduled: list[ScheduledRequest] = []
+        max_query_len = 0
+        while self.waiting and len(self.running) < self.config.max_num_seqs:
+            request = self.waiting[0][2]
+            num_new_tokens = request.num_tokens - request.num_computed_tokens
+            max_query_len = max(max_query_len, num_new_tokens)
+            # Attention pads every prompt to the longest: that is what the step costs.
+            if max_query_len * (len(scheduled) + 1) > self.config.max_num_batched_tokens:
+                break
+            slot = self.kv_cache_manager.allocate_slots(request, num_new_tokens)
+            if slot is None:
+                break
+            heapq.heappop(self.waiting)
+            request.status = RequestStatus.RUNNING
+            self.running.append(request)
+            scheduled.append(ScheduledRequest(request, num_new_tokens, slot))
+        return scheduled
+
+    def _schedule_running(self) -> list[ScheduledRequest]:
+        scheduled = []
+        for request in self.running:
+            num_new_tokens = request.num_tokens - request.num_computed_tokens
+            slot = self.kv_cache_manager.allocate_slots(request, num_new_tokens)
+            if slot is None:
+                raise RuntimeError(f"running request {request.request_id} has no cache slot")
+            scheduled.append(ScheduledRequest(request, num_new_tokens, slot))
+        return scheduled
+
+    def update(self, scheduler_output: SchedulerOutput, sampler_output: SamplerOutput) -> StepOutput:
+        """Record a finished step: append the sampled tokens, let finished requests go."""
+        tokens = []
+        for scheduled, token_id, logprobs in zip(
+            scheduler_output.scheduled,
+            sampler_output.token_ids,
+            sampler_output.logprobs,
+            strict=True,
+        ):
+            request = scheduled.request
+            request.num_computed_tokens += scheduled.num_scheduled_tokens
+            finish_reason = request.append_output_token(token_id)
+            tokens.append(TokenOutput(request.request_id, token_id, finish_reason, logprobs))
+        stats = self._stats(scheduler_output)
+        self._release_finished()
+        return StepOutput(tuple(tokens), stats)
+
+    def _release_finished(self) -> None:
+        finished = [r for r in self.requests.values() if r.status is RequestStatus.FINISHED]
+        for request in finished:
+            del self.requests[request.request_id]
+            self.kv_cache_manager.free(request)
+        if finished:
+            self.running = [r for r in self.running if r.status is RequestStatus.RUNNING]
+
+    def _stats(self, scheduler_output: SchedulerOutput) -> StepStats:
+        scheduled = scheduler_output.scheduled
+        return StepStats(
+            num_scheduled_tokens=sum(s.num_scheduled_tokens for s in scheduled),
+            num_scheduled_requests=len(scheduled),
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_preemptions=0,
+            num_kv_tokens_live=sum(request.num_computed_tokens for request in self.running),
+            num_kv_tokens_reserved=self.kv_cache_manager.num_reserved_tokens,
+            num_kv_tokens_capacity=self.kv_cache_manager.num_tokens,
+        )

@@ -1,0 +1,45 @@
+"""How much memory the KV cache may take when nobody says."""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+_CPU_FRACTION = 0.5
+"""Of the free host memory: the rest is left to the activations and to other programs."""
+
+
+def profile_kv_cache_bytes(
+    device: torch.device, gpu_memory_utilization: float, run_largest_step: Callable[[], object]
+) -> int:
+    """Bytes left for keys and values once the model's largest step has what it needs.
+
+    On CUDA, runs that step, and returns `gpu_memory_utilization` of the device's memory less
+    what is in use by other programs and less the step's peak (vLLM's memory profiling). On a
+    CPU, half of the free memory. ValueError when nothing is left.
+    """
+    if device.type != "cuda":
+        return int(_free_host_bytes() * _CPU_FRACTION)
+    torch.cuda.reset_peak_memory_stats(device)
+    run_largest_step()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    used_by_others = total - free - torch.cuda.memory_reserved(device)
+    left = int(total * gpu_memory_utilization) - used_by_others - peak
+    if left <= 0:
+        raise ValueError(
+            f"nothing is left for the KV cache: gpu_memory_utilization {gpu_memory_utilization} "
+            f"of {total} bytes, less {used_by_others} used by other programs, less {peak} for the "
+            f"weights and the largest step; raise gpu_memory_utilization, or lower "
+            f"max_num_batched_tokens or max_model_len"
+        )
+    return left
+
+
+def _free_host_bytes() -> int:
+    page_size = os.sysconf("SC_PAGE_SIZE")
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return page_size * os.sysconf("SC_AVPHYS_PAGES")
+    return page_size * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,112 @@
+"""From a model's name to a CausalLM that is ready to run."""
+
+from pathlib import Path
+
+import torch
+
+from folovllm.kernels import select_kernels
+
+from .config import ModelConfig
+from .transformer import CausalLM
+from .weights import load_random, load_safetensors
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]
+"""What is fetched from a Hub repository: never pickled weights, never code."""
+
+
+def load_model(
+    model: str | Path,
+    *,
+    load_format: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+) -> CausalLM:
+    """Build the model and fill it.
+
+    model: a local directory, a Hub id, or, with load_format "dummy", a preset's name or a
+    directory with a config.json. load_format: "auto" and "safetensors" read the checkpoint,
+    "dummy" draws random weights from `seed` on the device. dtype: "auto" is the checkpoint's on
+    CUDA and float32 on a CPU. device: "auto" is CUDA where there is one. ValueError or
+    FileNotFoundError name what is wrong.
+    """
+    target = resolve_device(device)
+    if load_format == "dummy":
+        directory = Path(model)
+        config = (
+            ModelConfig.from_directory(directory)
+            if directory.is_dir()
+            else ModelConfig.preset(str(model))
+        )
+    elif load_format in ("auto", "safetensors"):
+        directory = resolve_model_directory(model)
+        config = ModelConfig.from_directory(directory)
+    else:
+        raise ValueError(
+            f"load_format must be 'auto', 'safetensors' or 'dummy', got {load_format!r}"
+        )
+    with torch.no_grad():
+        causal_lm = CausalLM(
+            config, select_kernels(target), resolve_dtype(dtype, config, target), target
+        )
+        if load_format == "dummy":
+            load_random(causal_lm, seed)
+        else:
+            load_safetensors(causal_lm, directory)
+    return causal_lm
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device to run on; ValueError if it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu or cuda[:index], got {device!r}") from None
+    if target.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda[:index], got {device!r}")
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {device!r} was asked for but torch sees no CUDA device; use device='cpu' or "
+            f"install a CUDA build of torch"
+        )
+    return target
+
+
+def resolve_dtype(dtype: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    name = dtype
+    if dtype == "auto":
+        name = config.dtype if device.type == "cuda" else "float32"
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
+
+
+def resolve_model_directory(model: str | Path) -> Path:
+    """A local directory as it is; anything else is taken for a Hub id and downloaded."""
+    directory = Path(model)
+    if directory.is_dir():
+        return directory
+    name = str(model)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"model directory {name} does not exist; give a directory with config.json and "
+            f"*.safetensors, a Hub id such as org/name, or fetch the embedded model with "
+            f"`python -m m0_infra fetch`"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{name} is not a local directory and could not be fetched from the Hub "
+            f"({type(error).__name__}: {error}); check the name and the network, or download it "
+            f"elsewhere and give the directory"
+        ) from error

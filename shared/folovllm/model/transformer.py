@@ -1,0 +1,162 @@
+"""The decoder-only transformer of the Llama, Mistral, Qwen2 and Qwen3 families, read in one go.
+
+Tokens of all requests are packed end to end: linear layers, norms and the MLP work on
+[num_tokens, hidden_size] and know nothing of requests. Attention is the one hole in the model:
+it calls `attend(layer_idx, q, k, v)`, which the stage binds to its KV cache.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from folovllm.interfaces import AttendFn
+from folovllm.kernels import Kernels
+
+from .config import ModelConfig
+from .rope import RotaryTable
+
+
+class Linear(nn.Module):
+    """y = x W^T + b; weight: [out_features, in_features]. Starts uninitialised."""
+
+    def __init__(self, in_features: int, out_features: int, has_bias: bool, like: torch.Tensor):
+        super().__init__()
+        self.weight = _parameter((out_features, in_features), like)
+        self.bias = _parameter((out_features,), like) if has_bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    """Projections, QK-norm and RoPE around the stage's attention.
+
+    The three input projections are one matrix (q heads, then k, then v): one launch that reads
+    the activations once.
+    """
+
+    def __init__(self, config: ModelConfig, layer_idx: int, kernels: Kernels, like: torch.Tensor):
+        super().__init__()
+        self.config, self.layer_idx, self.kernels = config, layer_idx, kernels
+        num_all_heads = config.num_heads + 2 * config.num_kv_heads
+        self.qkv_proj = Linear(
+            config.hidden_size, num_all_heads * config.head_dim, config.qkv_bias, like
+        )
+        self.o_proj = Linear(
+            config.num_heads * config.head_dim, config.hidden_size, config.o_bias, like
+        )
+        self.q_norm = _parameter((config.head_dim,), like) if config.qk_norm else None
+        self.k_norm = _parameter((config.head_dim,), like) if config.qk_norm else None
+
+    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, attend: AttendFn) -> torch.Tensor:
+        """x, result: [num_tokens, hidden_size]; cos_sin: [num_tokens, head_dim]."""
+        config = self.config
+        qkv = self.qkv_proj(x)
+        self.kernels.qk_norm_rope(
+            qkv,
+            cos_sin,
+            config.num_heads,
+            config.num_kv_heads,
+            self.q_norm,
+            self.k_norm,
+            config.rms_norm_eps,
+        )
+        heads = qkv.view(x.shape[0], -1, config.head_dim)
+        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        attended = attend(self.layer_idx, q, k, v)
+        return self.o_proj(attended.reshape(x.shape[0], -1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up as one matrix."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels, like: torch.Tensor):
+        super().__init__()
+        self.kernels = kernels
+        size = config.intermediate_size
+        self.gate_up_proj = Linear(config.hidden_size, 2 * size, config.mlp_bias, like)
+        self.down_proj = Linear(size, config.hidden_size, config.mlp_bias, like)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x, result: [num_tokens, hidden_size]."""
+        return self.down_proj(self.kernels.silu_mul(self.gate_up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind an RMSNorm, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int, kernels: Kernels, like: torch.Tensor):
+        super().__init__()
+        self.kernels, self.eps = kernels, config.rms_norm_eps
+        self.input_layernorm = _parameter((config.hidden_size,), like)
+        self.self_attn = Attention(config, layer_idx, kernels, like)
+        self.post_attention_layernorm = _parameter((config.hidden_size,), like)
+        self.mlp = MLP(config, kernels, like)
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor, cos_sin: torch.Tensor, attend: AttendFn
+    ) -> torch.Tensor:
+        """Return this layer's last contribution; the next norm adds it to the residual.
+
+        x: [num_tokens, hidden_size], what the layer before contributed. Mutates `residual`.
+        """
+        normed = self.kernels.add_rms_norm(x, residual, self.input_layernorm, self.eps)
+        x = self.self_attn(normed, cos_sin, attend)
+        normed = self.kernels.add_rms_norm(x, residual, self.post_attention_layernorm, self.eps)
+        return self.mlp(normed)
+
+
+class CausalLM(nn.Module):
+    """Token ids in, hidden states and logits out. Parameters start uninitialised.
+
+    Built in `dtype` on `device`; `kernels` must be able to run there.
+    """
+
+    def __init__(
+        self, config: ModelConfig, kernels: Kernels, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        like = torch.empty(0, dtype=dtype, device=device)
+        self.config, self.kernels, self.dtype, self.device = config, kernels, dtype, device
+        self.embed_tokens = _parameter((config.vocab_size, config.hidden_size), like)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer_idx, kernels, like) for layer_idx in range(config.num_layers)
+        )
+        self.norm = _parameter((config.hidden_size,), like)
+        self.lm_head = (
+            self.embed_tokens
+            if config.tie_word_embeddings
+            else _parameter((config.vocab_size, config.hidden_size), like)
+        )
+        self.rope = RotaryTable(
+            config.rope, config.head_dim, config.max_position_embeddings, device
+        )
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, attend: AttendFn
+    ) -> torch.Tensor:
+        """input_ids, positions: [num_tokens] int64; result: [num_tokens, hidden_size], normed."""
+        cos_sin = self.rope.gather(positions)
+        residual = F.embedding(input_ids, self.embed_tokens)
+        # The first norm adds the contribution of "the layer before", which is nothing.
+        x = torch.zeros_like(residual)
+        for layer in self.layers:
+            x = layer(x, residual, cos_sin, attend)
+        return self.kernels.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [num_rows, hidden_size]; result: [num_rows, vocab_size] in the model's dtype."""
+        return F.linear(hidden, self.lm_head)
+
+    @property
+    def num_parameters(self) -> int:
+        """Tied embeddings count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def num_parameter_bytes(self) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+
+
+def _parameter(shape: tuple[int, ...], like: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(like.new_empty(shape), requires_grad=False)

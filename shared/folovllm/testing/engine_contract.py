@@ -1,0 +1,265 @@
+"""What every stage's engine must do, as tests that a stage inherits.
+
+A stage's test file is
+
+    class TestEngineContract(EngineContract):
+        stage = m2_batching
+        options = {"max_num_seqs": 4, ...}
+"""
+
+import random
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+
+from folovllm.interfaces import Engine
+from folovllm.model import CausalLM, load_model
+from folovllm.request import FinishReason, Request, SamplingParams
+
+from .driver import check_idle, check_step, drain, make_requests, random_prompts
+from .forced_sampler import ForcedSampler
+from .toy_models import ToyFamily, reference_greedy, reference_logits, toy_families, write_toy_model
+
+
+def _greedy(max_tokens: int, **options: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, **options)
+
+
+@pytest.fixture(scope="session", params=toy_families(), ids=lambda family: family.name)
+def toy_directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy model of each family on disk."""
+    family: ToyFamily = request.param
+    return write_toy_model(family, tmp_path_factory.mktemp(f"toy-{family.name}"))
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
+    """One toy model, for tests that are not about families."""
+    return load_model(write_toy_model(toy_families()[3], tmp_path_factory.mktemp("toy")))
+
+
+class EngineContract:
+    """Inherit, set `stage` to the package and `options` to EngineConfig values for toy models."""
+
+    stage: ClassVar[ModuleType]
+    options: ClassVar[dict[str, Any]]
+
+    def make_engine(self, model: CausalLM, **overrides: Any) -> Engine:
+        options = {"max_model_len": 192, **self.options, **overrides}
+        return self.stage.LLMEngine(self.stage.EngineConfig(**options), model)
+
+    def test_greedy_tokens_equal_transformers(self, toy_directory: Path) -> None:
+        prompts = random_prompts(seed=1, count=30, vocab_size=199, max_len=120)
+        expected = reference_greedy(toy_directory, prompts, max_tokens=24)
+        engine = self.make_engine(load_model(toy_directory))
+        requests = make_requests(prompts, _greedy(24, ignore_eos=True))
+        drain(engine, requests[:10], later={3: requests[10:12], 9: requests[12:30]})
+        assert [request.output_token_ids for request in requests] == expected
+
+    def test_logits_equal_transformers_at_every_step(self, toy_directory: Path) -> None:
+        prompts = random_prompts(seed=2, count=6, vocab_size=199, max_len=60)
+        forced = random_prompts(seed=3, count=6, vocab_size=199, min_len=12, max_len=12)
+        expected = reference_logits(toy_directory, prompts, forced)
+        engine = self.make_engine(load_model(toy_directory))
+        requests = make_requests(prompts, _greedy(12, ignore_eos=True))
+        sampler = ForcedSampler({r.request_id: f for r, f in zip(requests, forced, strict=True)})
+        engine.model_runner.sampler = sampler  # type: ignore[attr-defined]
+        drain(engine, requests)
+        for request, rows in zip(requests, expected, strict=True):
+            recorded = sampler.logits_of(request.request_id)
+            assert (recorded - rows).abs().max() < 1e-3 * rows.abs().max()
+
+    def test_tokens_do_not_depend_on_batch_mates_or_order(self, toy_model: CausalLM) -> None:
+        prompts = random_prompts(seed=4, count=9, vocab_size=199, max_len=50)
+        params = [
+            SamplingParams(temperature=0.9, top_k=50, max_tokens=15, ignore_eos=True),
+            _greedy(15, ignore_eos=True, repetition_penalty=1.3, logprobs=2),
+            SamplingParams(temperature=1.3, top_p=0.8, max_tokens=9, presence_penalty=0.5),
+        ] * 3
+        alone = []
+        for index, prompt in enumerate(prompts):
+            (request,) = make_requests([prompt], params[index], seeds=[index])
+            drain(self.make_engine(toy_model), [request])
+            alone.append(request.output_token_ids)
+        requests = make_requests(prompts, params, seeds=range(9))
+        shuffled = random.Random(5).sample(requests, len(requests))
+        drain(self.make_engine(toy_model), shuffled[:4], later={2: shuffled[4:]})
+        assert [request.output_token_ids for request in requests] == alone
+
+    def test_every_eos_id_of_the_generation_config_ends_a_request(
+        self, toy_model: CausalLM
+    ) -> None:
+        assert toy_model.config.eos_token_ids == {2, 3}
+        for eos in (2, 3):
+            params = _greedy(8, logit_bias={eos: 1e4})
+            (request,) = make_requests([[5, 6, 7]], params, eos_token_ids=frozenset({2, 3}))
+            drain(self.make_engine(toy_model), [request])
+            assert request.output_token_ids == [eos]
+            assert request.finish_reason is FinishReason.STOP
+
+    def test_ignore_eos_goes_on_to_max_tokens(self, toy_model: CausalLM) -> None:
+        params = _greedy(8, logit_bias={2: 1e4}, ignore_eos=True)
+        (request,) = make_requests([[5, 6, 7]], params, eos_token_ids=frozenset({2}))
+        drain(self.make_engine(toy_model), [request])
+        assert request.output_token_ids == [2] * 8
+        assert request.finish_reason is FinishReason.LENGTH
+
+    def test_no_stop_token_before_min_tokens(self, toy_model: CausalLM) -> None:
+        params = _greedy(8, logit_bias={2: 1e4, 9: 1e3}, min_tokens=3, stop_token_ids=[9])
+        (request,) = make_requests([[5, 6, 7]], params, eos_token_ids=frozenset({2}))
+        drain(self.make_engine(toy_model), [request])
+        assert len(request.output_token_ids) == 4
+        assert request.output_token_ids[-1] == 2
+        assert not {2, 9} & set(request.output_token_ids[:-1])
+
+    def test_stop_token_id_ends_a_request(self, toy_model: CausalLM) -> None:
+        params = _greedy(8, logit_bias={11: 1e4}, stop_token_ids=[11], ignore_eos=True)
+        (request,) = make_requests([[5, 6, 7]], params)
+        drain(self.make_engine(toy_model), [request])
+        assert request.output_token_ids == [11]
+        assert request.finish_reason is FinishReason.STOP
+
+    def test_request_may_fill_max_model_len_exactly(self, toy_model: CausalLM) -> None:
+        (request,) = make_requests([[7] * 150], _greedy(42, ignore_eos=True))
+        drain(self.make_engine(toy_model), [request])
+        assert request.num_output_tokens == 42
+
+    def test_oversize_request_is_refused_and_harms_nobody(self, toy_model: CausalLM) -> None:
+        engine = self.make_engine(toy_model)
+        good, bad = make_requests([[1, 2, 3], [7] * 151], _greedy(42, ignore_eos=True))
+        engine.add_request(good)
+        with pytest.raises(ValueError, match="max_model_len is 192"):
+            engine.add_request(bad)
+        drain(engine, [])
+        assert good.num_output_tokens == 42
+
+    def test_max_model_len_beyond_the_model_is_refused(self, toy_model: CausalLM) -> None:
+        with pytest.raises(ValueError, match="at most 512 tokens"):
+            self.make_engine(toy_model, max_model_len=513, **self.options_for_long_context())
+
+    def options_for_long_context(self) -> dict[str, Any]:
+        """Overrides that make max_model_len 513 valid but for the model."""
+        return {}
+
+    def test_cache_too_small_for_one_request_is_refused(self, toy_model: CausalLM) -> None:
+        with pytest.raises(ValueError, match="kv_cache_bytes"):
+            self.make_engine(toy_model, kv_cache_bytes=100)
+
+    @pytest.mark.parametrize("option", ["max_model_len", "kv_cache_bytes"])
+    def test_config_value_that_cannot_work_is_refused(self, option: str) -> None:
+        with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
+            self.stage.EngineConfig(**{option: 0})
+
+    def test_request_id_in_use_is_refused_and_free_again_later(self, toy_model: CausalLM) -> None:
+        engine = self.make_engine(toy_model)
+        first, twin, heir = make_requests([[1, 2]] * 3, _greedy(4), ids=["a", "a", "a"])
+        engine.add_request(first)
+        with pytest.raises(ValueError, match="'a' is in use"):
+            engine.add_request(twin)
+        drain(engine, [])
+        drain(engine, [heir])
+        assert heir.output_token_ids == first.output_token_ids
+
+    def test_abort_in_every_state_frees_everything(self, toy_model: CausalLM) -> None:
+        prompts = random_prompts(seed=6, count=6, vocab_size=199, max_len=40)
+        for num_steps in range(12):
+            engine = self.make_engine(toy_model)
+            survivor, *others = make_requests(prompts, _greedy(6, ignore_eos=True))
+            for request in (*others[:3], survivor, *others[3:]):
+                engine.add_request(request)
+            for _ in range(num_steps):
+                check_step(engine, engine.step())
+            for request in others:
+                engine.abort_request(request.request_id)
+                engine.abort_request(request.request_id)
+            drain(engine, [])
+            assert survivor.num_output_tokens == 6
+            for request in others:
+                is_complete = request.num_output_tokens == 6
+                expected = FinishReason.LENGTH if is_complete else FinishReason.ABORT
+                assert request.finish_reason is expected
+
+    def test_abort_of_an_unknown_request_is_ignored(self, toy_model: CausalLM) -> None:
+        engine = self.make_engine(toy_model)
+        engine.abort_request("nobody")
+        check_idle(engine)
+
+    def test_abort_does_not_change_the_others_tokens(self, toy_model: CausalLM) -> None:
+        prompts = random_prompts(seed=7, count=5, vocab_size=199, max_len=40)
+        expected = make_requests(prompts, _greedy(12, ignore_eos=True))
+        drain(self.make_engine(toy_model), expected)
+        engine = self.make_engine(toy_model)
+        requests = make_requests(prompts, _greedy(12, ignore_eos=True))
+        for request in requests:
+            engine.add_request(request)
+        for _ in range(4):
+            engine.step()
+        engine.abort_request(requests[0].request_id)
+        engine.abort_request(requests[2].request_id)
+        drain(engine, [])
+        for index in (1, 3, 4):
+            assert requests[index].output_token_ids == expected[index].output_token_ids
+
+    def test_step_without_requests_returns_nothing(self, toy_model: CausalLM) -> None:
+        output = self.make_engine(toy_model).step()
+        assert output.tokens == ()
+        assert output.stats.num_scheduled_tokens == 0
+
+    def test_tokens_are_reported_once_each_and_in_order(self, toy_model: CausalLM) -> None:
+        prompts = random_prompts(seed=8, count=7, vocab_size=199, max_len=40)
+        requests = make_requests(prompts, _greedy(10, ignore_eos=True))
+        tokens = drain(self.make_engine(toy_model), requests)
+        for request in requests:
+            own = [token for token in tokens if token.request_id == request.request_id]
+            assert [token.token_id for token in own] == request.output_token_ids
+            assert [token.finish_reason for token in own[:-1]] == [None] * (len(own) - 1)
+            assert own[-1].finish_reason is FinishReason.LENGTH
+
+    def test_logprobs_come_with_every_token_of_who_asked(self, toy_model: CausalLM) -> None:
+        asking, silent = make_requests([[4, 5], [6]], [_greedy(5, logprobs=3), _greedy(5)])
+        tokens = drain(self.make_engine(toy_model), [asking, silent])
+        for token in tokens:
+            if token.request_id == silent.request_id:
+                assert token.logprobs is None
+            else:
+                assert token.logprobs is not None
+                assert token.logprobs.rank == 1
+                assert token.logprobs.top[0] == (token.token_id, token.logprobs.logprob)
+                assert len(token.logprobs.top) == 3
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_fuzz_of_arrivals_aborts_and_settings(self, toy_model: CausalLM, seed: int) -> None:
+        rng = random.Random(seed)
+        prompts = random_prompts(seed=seed, count=14, vocab_size=199, max_len=rng.choice([3, 60]))
+        params = [
+            rng.choice(
+                [
+                    _greedy(rng.randrange(1, 20)),
+                    SamplingParams(temperature=1.0, top_p=0.9, max_tokens=rng.randrange(1, 20)),
+                ]
+            )
+            for _ in prompts
+        ]
+        eos = frozenset(rng.sample(range(199), 20))
+        expected = []
+        for index, prompt in enumerate(prompts):
+            (request,) = make_requests([prompt], params[index], seeds=[index], eos_token_ids=eos)
+            drain(self.make_engine(toy_model), [request])
+            expected.append(request.output_token_ids)
+        requests = make_requests(prompts, params, seeds=range(14), eos_token_ids=eos)
+        later: dict[int, list[Request]] = {}
+        for request in requests:
+            later.setdefault(rng.randrange(15), []).append(request)
+        aborts = {rng.randrange(1, 25): rng.choice(requests).request_id for _ in range(4)}
+        drain(self.make_engine(toy_model, **self.fuzz_options(rng)), [], later, aborts)
+        for request, tokens in zip(requests, expected, strict=True):
+            if request.finish_reason is FinishReason.ABORT:
+                assert request.output_token_ids == tokens[: request.num_output_tokens]
+            else:
+                assert request.output_token_ids == tokens
+
+    def fuzz_options(self, rng: random.Random) -> dict[str, Any]:
+        """EngineConfig values to draw anew for every fuzz run; a stage adds its own."""
+        return {}

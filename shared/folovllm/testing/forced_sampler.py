@@ -1,0 +1,47 @@
+"""A sampler that returns given tokens and keeps the logits, for teacher-forced comparisons."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from folovllm.interfaces import SamplerOutput
+from folovllm.request import Request
+
+
+@dataclass(frozen=True)
+class ForcedTokens:
+    """Plays the part of SampledTokens."""
+
+    token_ids: list[int]
+
+    def to_host(self) -> SamplerOutput:
+        return SamplerOutput(token_ids=self.token_ids, logprobs=[None] * len(self.token_ids))
+
+
+class ForcedSampler:
+    """Takes the place of `engine.model_runner.sampler`.
+
+    Teacher forcing feeds the reference's tokens whatever the model would have chosen, so that
+    every step compares the same context and one near-tie does not end the comparison.
+    """
+
+    def __init__(self, token_ids: Mapping[str, Sequence[int]]) -> None:
+        self.token_ids = token_ids
+        """Request id -> the tokens to return, in order."""
+        self.recorded: dict[str, list[torch.Tensor]] = {name: [] for name in token_ids}
+
+    def prepare(self, requests: Sequence[Request]) -> Sequence[Request]:
+        return requests
+
+    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> ForcedTokens:
+        """logits: [num_requests, vocab_size]."""
+        chosen = []
+        for request, row in zip(requests, logits.float().cpu(), strict=True):
+            self.recorded[request.request_id].append(row)
+            chosen.append(self.token_ids[request.request_id][request.num_output_tokens])
+        return ForcedTokens(chosen)
+
+    def logits_of(self, request_id: str) -> torch.Tensor:
+        """[num_output_tokens, vocab_size] float32 on the CPU."""
+        return torch.stack(self.recorded[request_id])

@@ -1,0 +1,241 @@
+"""Configuration, weights and the transformer itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folovllm.kernels.reference import causal_attention
+from folovllm.model import CausalLM, ModelConfig, kv_bytes_per_token, load_model
+from folovllm.model.loader import resolve_device
+from folovllm.testing.toy_models import ToyFamily, reference_logits, toy_families, write_toy_model
+from safetensors.torch import load_file, save_file
+
+FAMILIES = {family.name: family for family in toy_families()}
+
+
+@pytest.fixture(scope="module", params=toy_families(), ids=lambda family: family.name)
+def toy_directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family: ToyFamily = request.param
+    return write_toy_model(family, tmp_path_factory.mktemp(family.name))
+
+
+@pytest.fixture
+def qwen_directory(tmp_path: Path) -> Path:
+    return write_toy_model(FAMILIES["qwen3"], tmp_path)
+
+
+def logits_of(model: CausalLM, token_ids: list[int]) -> torch.Tensor:
+    def attend(layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return causal_attention(q, k, v)
+
+    input_ids = torch.tensor(token_ids)
+    return model.compute_logits(model(input_ids, torch.arange(len(token_ids)), attend))
+
+
+def test_logits_equal_transformers(toy_directory: Path) -> None:
+    token_ids = [(7 * i) % 199 for i in range(150)]
+    (expected,) = reference_logits(toy_directory, [token_ids[:1]], [token_ids[1:]])
+    actual = logits_of(load_model(toy_directory), token_ids)[:-1]
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
+def test_optional_biases_of_llama_are_loaded(tmp_path: Path, bias: str) -> None:
+    family = ToyFamily("biased", "llama", {bias: True})
+    directory = write_toy_model(family, tmp_path)
+    token_ids = list(range(20))
+    (expected,) = reference_logits(directory, [token_ids[:1]], [token_ids[1:]])
+    actual = logits_of(load_model(directory), token_ids)[:-1]
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_sharded_checkpoint_equals_the_single_file(qwen_directory: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    sharded = tmp_path / "sharded"
+    hf_model = AutoModelForCausalLM.from_pretrained(qwen_directory, dtype=torch.float32)
+    hf_model.save_pretrained(sharded, max_shard_size="60KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    single, several = load_model(qwen_directory), load_model(sharded)
+    for name, parameter in single.named_parameters():
+        assert torch.equal(parameter, several.get_parameter(name)), name
+
+
+def test_missing_and_unexpected_and_misshapen_weights_are_all_listed(qwen_directory: Path) -> None:
+    path = qwen_directory / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2)
+    tensors["model.norm.weight"] = torch.zeros(3)
+    save_file(tensors, path)
+    with pytest.raises(ValueError) as caught:
+        load_model(qwen_directory)
+    assert "missing: model.layers.1.mlp.up_proj.weight" in str(caught.value)
+    assert "unexpected: model.layers.7.mlp.up_proj.weight" in str(caught.value)
+    assert "model.norm.weight is [3], expected [64]" in str(caught.value)
+
+
+def test_missing_shard_is_named(qwen_directory: Path) -> None:
+    index = {"weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}}
+    (qwen_directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"model-00001.safetensors, model-00002"):
+        load_model(qwen_directory)
+
+
+def test_pickled_weights_are_refused(qwen_directory: Path) -> None:
+    (qwen_directory / "model.safetensors").unlink()
+    (qwen_directory / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model.bin.*safetensors only"):
+        load_model(qwen_directory)
+
+
+def test_redundant_tied_head_is_accepted(qwen_directory: Path) -> None:
+    path = qwen_directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path)
+    assert load_model(qwen_directory).lm_head is not None
+
+
+def test_dummy_weights_come_from_the_seed(qwen_directory: Path) -> None:
+    first, same, other = (
+        load_model(qwen_directory, load_format="dummy", seed=seed) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first.embed_tokens, same.embed_tokens)
+    assert not torch.equal(first.embed_tokens, other.embed_tokens)
+    assert first.embed_tokens.std() == pytest.approx(0.02, rel=0.05)
+    assert torch.equal(first.norm, torch.ones_like(first.norm))
+
+
+def test_dtype_is_what_was_asked_for(qwen_directory: Path) -> None:
+    model = load_model(qwen_directory, dtype="bfloat16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.num_parameter_bytes == 2 * model.num_parameters
+    assert load_model(qwen_directory).dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [("qwen3-0.6b", 596_049_920), ("qwen3-8b", 8_190_735_360), ("llama-3.1-8b", 8_030_261_248)],
+)
+def test_presets_have_the_published_number_of_parameters(name: str, num_parameters: int) -> None:
+    from folovllm.kernels import reference
+
+    model = CausalLM(
+        ModelConfig.preset(name), reference, torch.bfloat16, torch.device("meta")
+    )
+    assert model.num_parameters == num_parameters
+
+
+def test_kv_bytes_of_qwen3_06b() -> None:
+    # 28 layers x 2 x 8 heads x 128 dims x 2 bytes
+    assert kv_bytes_per_token(ModelConfig.preset("qwen3-0.6b"), torch.bfloat16) == 114_688
+
+
+def test_eos_ids_of_the_generation_config_win(qwen_directory: Path) -> None:
+    assert ModelConfig.from_directory(qwen_directory).eos_token_ids == {2, 3}
+    (qwen_directory / "generation_config.json").unlink()
+    assert ModelConfig.from_directory(qwen_directory).eos_token_ids == {2}
+
+
+def minimal_config(**overrides: Any) -> dict[str, Any]:
+    config = {
+        "model_type": "mistral",
+        "vocab_size": 10,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    return {**config, **overrides}
+
+
+def test_sliding_window_counts_only_where_it_is_used() -> None:
+    window = {"sliding_window": 32}
+    assert ModelConfig.from_hf(minimal_config(**window)).sliding_window == 32
+    qwen = minimal_config(model_type="qwen2", **window)
+    assert ModelConfig.from_hf(qwen).sliding_window is None
+    assert ModelConfig.from_hf({**qwen, "use_sliding_window": True}).sliding_window == 32
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model_type": "gpt2"}, "'gpt2' is not supported; this engine runs llama, mistral"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantised \(awq\)"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
+        ({"logits_scaling": 8.0}, "logits_scaling=8.0"),
+    ],
+)
+def test_config_that_we_would_compute_wrongly_is_refused(
+    overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(minimal_config(**overrides))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        ("./nowhere", {}, FileNotFoundError, "m0_infra fetch"),
+        ("qwen3-0.7b", {"load_format": "dummy"}, ValueError, "llama-3.1-8b, qwen3-0.6b, qwen3-8b"),
+        (".", {"load_format": "pickle"}, ValueError, "load_format must be"),
+        (".", {"device": "tpu"}, ValueError, "device must be auto"),
+        (".", {"device": "mps"}, ValueError, "device must be auto"),
+    ],
+)
+def test_unusable_argument_is_refused(
+    model: str, options: dict[str, str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        load_model(model, **options)
+
+
+def test_unknown_dtype_is_refused(qwen_directory: Path) -> None:
+    with pytest.raises(ValueError, match="dtype must be auto"):
+        load_model(qwen_directory, dtype="int4")
+
+
+def test_directory_without_config_says_what_belongs_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"needs config.json, \*.safetensors"):
+        load_model(tmp_path)
+
+
+def test_broken_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_model(tmp_path)
+
+
+def test_hub_download_failure_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> str:
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(FileNotFoundError, match="org/name is not a local directory.*no route"):
+        load_model("org/name")
+
+
+def test_hub_download_asks_for_no_pickle_and_no_code(
+    monkeypatch: pytest.MonkeyPatch, qwen_directory: Path
+) -> None:
+    asked = {}
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked[name] = allow_patterns
+        return str(qwen_directory)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    load_model("org/name")
+    assert not [p for p in asked["org/name"] if p.endswith((".bin", ".pt", ".py"))]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="torch sees no CUDA device"):
+        resolve_device("cuda")
