@@ -33,7 +33,8 @@ class Attention:
             future = torch.ones(num_tokens, seq_len, dtype=torch.bool, device=q.device)
             future = future.triu(diagonal=seq_len - num_tokens + 1)
             scores.view(num_kv_heads, -1, num_tokens, seq_len).masked_fill_(future, float("-inf"))
-        probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        # One kernel that accumulates in float32 whatever the dtype of its input and output.
+        probabilities = torch.softmax(scores, dim=-1)
         attended = torch.bmm(probabilities, values)
         return (
             attended.view(num_kv_heads, -1, num_tokens, head_dim)

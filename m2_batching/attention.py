@@ -29,7 +29,7 @@ class AttentionMetadata:
     padded_to_packed: torch.Tensor
     """[num_rows * max_query_len] int64, the token at each padded place"""
     is_hidden: torch.Tensor
-    """[num_rows, 1, max_query_len, max_seq_len] bool, True where a query may not look"""
+    """[num_rows, 1, max_query_len, padded_seq_len] bool, True where a query may not look"""
 
 
 class Attention:
@@ -60,10 +60,10 @@ class Attention:
         self.kernels.store_kv(k, v, keys, values, metadata.slot_mapping)
         num_tokens, num_heads, head_dim = q.shape
         num_kv_heads = keys.shape[1]
-        num_rows, _, max_query_len, max_seq_len = metadata.is_hidden.shape
-        # [num_rows, num_kv_heads, max_seq_len, head_dim]; a slice of slots is a view.
-        keys = keys[:, :, :max_seq_len][metadata.rows]
-        values = values[:, :, :max_seq_len][metadata.rows]
+        num_rows, _, max_query_len, padded_seq_len = metadata.is_hidden.shape
+        # [num_rows, num_kv_heads, padded_seq_len, head_dim]; a slice of slots is a view.
+        keys = keys[:, :, :padded_seq_len][metadata.rows]
+        values = values[:, :, :padded_seq_len][metadata.rows]
         padded = (q * head_dim**-0.5).index_select(0, metadata.padded_to_packed)
         queries = (
             padded.view(num_rows, max_query_len, num_kv_heads, -1, head_dim)
@@ -71,10 +71,11 @@ class Attention:
             .reshape(num_rows, num_kv_heads, -1, head_dim)
         )
         scores = torch.matmul(queries, keys.transpose(2, 3))
-        scores.view(num_rows, num_heads, max_query_len, max_seq_len).masked_fill_(
+        scores.view(num_rows, num_heads, max_query_len, padded_seq_len).masked_fill_(
             metadata.is_hidden, float("-inf")
         )
-        probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        # One kernel that accumulates in float32 whatever the dtype of its input and output.
+        probabilities = torch.softmax(scores, dim=-1)
         attended = torch.matmul(probabilities, values)
         attended = (
             attended.view(num_rows, num_heads, max_query_len, head_dim)

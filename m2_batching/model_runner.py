@@ -17,6 +17,9 @@ from .config import EngineConfig
 from .kv_cache import KVCache
 from .scheduler import ScheduledRequest, SchedulerOutput
 
+_SEQ_LEN_MULTIPLE = 16
+"""Tokens; attention's padded length is a multiple of this."""
+
 
 @dataclass(frozen=True)
 class InputBatch:
@@ -95,12 +98,16 @@ class ModelRunner:
             padded_to_packed,
             query_positions.reshape(num_rows, 1, max_query_len, 1),
         )
-        return self._upload(host_arrays, view, max_seq_len=int((starts + query_lens).max()))
+        return self._upload(host_arrays, view, int((starts + query_lens).max()))
 
     def _upload(
         self, host_arrays: tuple[np.ndarray, ...], view: slice | None, max_seq_len: int
     ) -> InputBatch:
         device = self.model.device
+        # Matrix kernels that load 16 bytes at a time need rows of scores that start aligned:
+        # an odd length costs more than the masked keys that round it up.
+        padded_seq_len = -(-max_seq_len // _SEQ_LEN_MULTIPLE) * _SEQ_LEN_MULTIPLE
+        padded_seq_len = min(padded_seq_len, self.config.max_model_len)
         (
             input_ids,
             positions,
@@ -116,7 +123,7 @@ class ModelRunner:
             rows=slots if view is None else view,
             packed_to_padded=packed_to_padded,
             padded_to_packed=padded_to_packed,
-            is_hidden=torch.arange(max_seq_len, device=device) > query_positions,
+            is_hidden=torch.arange(padded_seq_len, device=device) > query_positions,
         )
         return InputBatch(input_ids, positions, logits_indices, attention)
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-_CPU_FRACTION = 0.5
-"""Of the free host memory: the rest is left to the activations and to other programs."""
+_CPU_FRACTION = 0.125
+"""Of the free host memory: it is shared with other programs, and a CPU is too slow to fill more."""
 
 
 def profile_kv_cache_bytes(
@@ -16,7 +16,7 @@ def profile_kv_cache_bytes(
 
     On CUDA, runs that step, and returns `gpu_memory_utilization` of the device's memory less
     what is in use by other programs and less the step's peak (vLLM's memory profiling). On a
-    CPU, half of the free memory. ValueError when nothing is left.
+    CPU, an eighth of the free memory. ValueError when nothing is left.
     """
     if device.type != "cuda":
         return int(_free_host_bytes() * _CPU_FRACTION)
