@@ -1,0 +1,1 @@
+"""Run every stage on one workload, check that they agree, and draw what the difference is."""

@@ -1,0 +1,59 @@
+"""Whether two runs measured the same thing: model, dtype, seed, memory limit, workload."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .results import Result, lookup
+
+MUST_AGREE = ("model.name", "model.dtype", "model.load_format", "seed", "device")
+MUST_AGREE_IF_BOTH = ("engine_config.kv_cache_bytes", "engine_config.max_model_len")
+"""Options that not every engine has, or that it derives itself when they are None."""
+
+
+def setting_failures(who: str, run: Result, ref_name: str, reference: Result) -> list[str]:
+    failures = []
+    for path in MUST_AGREE + MUST_AGREE_IF_BOTH:
+        mine, theirs = lookup(run, path), lookup(reference, path)
+        if path in MUST_AGREE_IF_BOTH and (mine is None or theirs is None):
+            continue
+        if mine != theirs:
+            failures.append(f"{who} ran with {path} = {mine!r}, {ref_name} with {theirs!r}")
+    return failures
+
+
+def workload_failures(who: str, run: Result, ref_name: str, reference: Result) -> list[str]:
+    """The same workload, or one the stated beginning of the other."""
+    mine, theirs = run["workload"], reference["workload"]
+    if mine["sha256"] == theirs["sha256"]:
+        return []
+    short, long = sorted((run, reference), key=lambda result: result["workload"]["num_requests"])
+    cut = short["workload"].get("num_requests_before_cut")
+    whole = long["workload"].get("num_requests_before_cut") or long["workload"]["num_requests"]
+    same_source = all(mine.get(key) == theirs.get(key) for key in ("name", "parameters"))
+    if cut is None or cut != whole or not same_source:
+        return [
+            f"{who} ran workload {_describe(mine)}, {ref_name} ran {_describe(theirs)}; neither "
+            f"says that it is the beginning of the other"
+        ]
+    shapes = [
+        [
+            (request["num_prompt_tokens"], request["num_output_tokens"], request["arrival_s"])
+            for request in result["requests"][: len(short["requests"])]
+        ]
+        for result in (short, long)
+    ]
+    if shapes[0] != shapes[1]:
+        index = next(i for i, pair in enumerate(zip(*shapes, strict=False)) if pair[0] != pair[1])
+        return [
+            f"{who} and {ref_name}: request {index} differs in (prompt, output tokens, arrival), "
+            f"{shapes[0][index]} and {shapes[1][index]}: one workload is not the beginning of "
+            f"the other"
+        ]
+    return []
+
+
+def _describe(workload: Mapping[str, Any]) -> str:
+    return (
+        f"{workload.get('spec') or workload.get('name')} ({workload['num_requests']} requests, "
+        f"sha256 {str(workload['sha256'])[:8]}…)"
+    )

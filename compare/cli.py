@@ -1,0 +1,90 @@
+"""The command line: `run` measures and publishes, `table` and `charts` redraw what is stored."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .publish import gate_folder, print_charts, print_gate, print_tables
+from .results import result_folders
+from .run import EXIT_REFUSED, run
+
+EXIT_USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options, extra = parser.parse_known_args(argv)
+    try:
+        if options.command == "run":
+            return run(options, extra)
+        if extra:
+            parser.error(f"unknown arguments: {' '.join(extra)}")
+        return redraw(options)
+    except (ValueError, OSError) as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m compare", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run_parser = commands.add_parser(
+        "run",
+        help="run the stages in turns, gate, publish table, charts and report",
+        epilog="Any other --option is passed to the stages whose EngineConfig has it.",
+        allow_abbrev=False,
+    )
+    add = run_parser.add_argument
+    add("--stages", help="comma-separated; default: every stage there is, and hf")
+    add("--workload", help="such as nano, nano:8, fixed:batch=8,input=512,output=128")
+    add(
+        "--stage-workload",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="STAGE=SPEC",
+        help="the beginning of the workload that a slow stage runs: m1_baseline=nano:8",
+    )
+    add("--repeats", type=int)
+    add("--profile", default="auto", help="defaults for what is not given: auto, cpu or gpu")
+    add("--model", help="directory, Hub id or preset; default: the profile's")
+    add("--load-format", help="auto, safetensors or dummy")
+    add("--dtype", help="auto, float32, bfloat16 or float16")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--seed", type=int, default=0)
+    add("--name", help="folder of the results under the device; default: from the workload")
+    add("--timeout", type=float, default=3600.0, help="seconds that one run may take")
+    for name, text in (
+        ("table", "print the stored tables and write them into the documents"),
+        ("charts", "the same, and draw charts and report again"),
+    ):
+        redraw_parser = commands.add_parser(name, help=text)
+        redraw_parser.add_argument(
+            "only", nargs="*", metavar="DEVICE/WORKLOAD", help="default: all that are stored"
+        )
+    for command in commands.choices.values():
+        command.add_argument("--results", type=Path, default=Path("compare/results"))
+        command.add_argument(
+            "--root", type=Path, default=Path(), help="folder of stages and documents"
+        )
+    return parser
+
+
+def redraw(options: argparse.Namespace) -> int:
+    """`compare table` and `compare charts`."""
+    folders = result_folders(options.results, options.only or None)
+    if not folders:
+        raise ValueError(f"no results under {options.results}; run `python -m compare run` first")
+    accepted = []
+    for folder in folders:
+        gate = gate_folder(folder)
+        if gate.passed:
+            accepted.append(folder)
+        else:
+            print(folder)
+            print_gate(gate)
+    print_tables(accepted, options.root)
+    if options.command == "charts":
+        print_charts(accepted)
+    return 0 if len(accepted) == len(folders) else EXIT_REFUSED

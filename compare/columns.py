@@ -1,0 +1,148 @@
+"""Rows and columns of the comparison, from result files only."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from . import formatting as fmt
+from .results import Result, lookup
+from .stages import is_ladder_stage
+
+PREFIX_MARK = "†"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One stage in the table, with what its factors are relative to."""
+
+    result: Result
+    speedup_over_first: float | None
+    """Output tokens/s over those of M1; None without M1."""
+    speedup_over_previous: float | None
+    """Over the stage before it on the ladder; None for M1, peers, and without one."""
+    ran_prefix: bool
+    """It answered fewer requests than the other rows."""
+
+    @property
+    def name(self) -> str:
+        return self.result["stage"] + (PREFIX_MARK if self.ran_prefix else "")
+
+
+@dataclass(frozen=True)
+class Column:
+    heading: str
+    meaning: str
+    """The definition, for the report."""
+    cell: Callable[[Row], str]
+
+
+def make_rows(results: Sequence[Result]) -> list[Row]:
+    """One row per result; `results` are in ladder order."""
+    most = max((result["workload"]["num_requests"] for result in results), default=0)
+    ladder = [result for result in results if is_ladder_stage(result["stage"])]
+    first = ladder[0] if ladder and ladder[0]["stage"].startswith("m1_") else None
+    rows = []
+    for result in results:
+        place = ladder.index(result) if result in ladder else 0
+        previous = ladder[place - 1] if place else None
+        rows.append(
+            Row(
+                result=result,
+                speedup_over_first=_ratio(result, first),
+                speedup_over_previous=_ratio(result, previous),
+                ran_prefix=result["workload"]["num_requests"] < most,
+            )
+        )
+    return rows
+
+
+def _ratio(result: Result, base: Result | None) -> float | None:
+    rate = lookup(result, "output_tokens_per_s")
+    base_rate = lookup(base, "output_tokens_per_s") if base is not None else None
+    return rate / base_rate if rate and base_rate else None
+
+
+def _value(row: Row, path: str) -> float | None:
+    value = lookup(row.result, path)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _memory_split(row: Row) -> str:
+    parts = ("weights", "kv_reserved", "kv_live", "activations")
+    return fmt.num_bytes(*(_value(row, f"peak_memory_bytes.{part}") for part in parts))
+
+
+def _spread(row: Row) -> str:
+    low = _value(row, "spread.output_tokens_per_s.min")
+    high = _value(row, "spread.output_tokens_per_s.max")
+    if low is None or high is None:
+        return fmt.MISSING
+    return f"{fmt.number(low)}–{fmt.number(high)}"
+
+
+COLUMNS = (
+    Column("stage", "the engine; rows follow the ladder, peers come last", lambda row: row.name),
+    Column(
+        "output tok/s",
+        "tokens produced per second of the whole run, prompts not counted",
+        lambda row: fmt.number(_value(row, "output_tokens_per_s")),
+    ),
+    Column(
+        "× M1",
+        "output tok/s over those of m1_baseline",
+        lambda row: fmt.factor(row.speedup_over_first),
+    ),
+    Column(
+        "× previous",
+        "output tok/s over those of the stage before",
+        lambda row: fmt.factor(row.speedup_over_previous),
+    ),
+    Column(
+        "TTFT p50 / p99",
+        "time to first token: first token minus arrival, per request",
+        lambda row: fmt.seconds(_value(row, "ttft_s.p50"), _value(row, "ttft_s.p99")),
+    ),
+    Column(
+        "TPOT p50",
+        "time per output token: (last − first token) / (output tokens − 1), per request",
+        lambda row: fmt.seconds(_value(row, "tpot_s.p50")),
+    ),
+    Column(
+        "ITL p99",
+        "inter-token latency: every single gap between two tokens of a request",
+        lambda row: fmt.seconds(_value(row, "itl_s.p99")),
+    ),
+    Column(
+        "peak memory",
+        "CUDA: most bytes allocated on the device; CPU: peak resident memory of the process",
+        lambda row: fmt.num_bytes(_value(row, "peak_memory_bytes.total")),
+    ),
+    Column(
+        "weights / KV reserved / KV live / activations",
+        "parts of the peak; KV live is the part of KV reserved that holds tokens, at its largest",
+        _memory_split,
+    ),
+    Column(
+        "KV use",
+        "tokens held over tokens reserved in the KV cache, mean over steps",
+        lambda row: fmt.percent(_value(row, "kv_utilisation")),
+    ),
+    Column(
+        "GPU use",
+        "share of time in which a kernel ran, as NVML samples it",
+        lambda row: fmt.percent(_value(row, "gpu_utilisation")),
+    ),
+    Column(
+        "of roofline",
+        "time that the bytes and FLOPs of every step need at measured ceilings, over time taken",
+        lambda row: fmt.percent(_value(row, "roofline_fraction")),
+    ),
+    Column("spread", "smallest and largest output tok/s of the repeats", _spread),
+)
+
+
+def table_cells(results: Sequence[Result]) -> list[list[str]]:
+    """Heading and rows as text, one list per line."""
+    rows = make_rows(results)
+    return [[column.heading for column in COLUMNS]] + [
+        [column.cell(row) for column in COLUMNS] for row in rows
+    ]

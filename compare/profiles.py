@@ -1,0 +1,58 @@
+"""What `compare run` does when nothing is said: one profile for CPUs, one for CUDA devices."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Defaults of a comparison; every one can be overridden on the command line."""
+
+    name: str
+    workload: str
+    model: str | None
+    """None is the embedded model."""
+    load_format: str = "auto"
+    dtype: str = "auto"
+    repeats: int = 3
+    stage_workloads: Mapping[str, str] = field(default_factory=dict)
+    """Stages too slow for the whole workload, and the beginning of it that they run."""
+
+
+CPU_PROFILE = Profile(
+    name="cpu",
+    workload="fixed:batch=8,input=48,output=16",
+    model=None,
+    dtype="float32",
+)
+"""Three engines, three repeats, within minutes on two slow cores; float32 for the exact gate."""
+
+GPU_PROFILE = Profile(
+    name="gpu",
+    workload="nano",
+    model="qwen3-0.6b",
+    load_format="dummy",
+    dtype="bfloat16",
+    stage_workloads={"m1_baseline": "nano:8", "hf": "nano:2"},
+)
+"""The workload of nano-vllm's benchmark; random weights, so that no download is needed."""
+
+
+def cuda_is_available() -> bool:
+    import torch  # only here: the table and the charts need no torch
+
+    return torch.cuda.is_available()
+
+
+def choose_profile(name: str, device: str) -> Profile:
+    """The profile called `name`; `auto` follows the device, and the machine if that is `auto`."""
+    profiles = {profile.name: profile for profile in (CPU_PROFILE, GPU_PROFILE)}
+    if name in profiles:
+        return profiles[name]
+    if name != "auto":
+        raise ValueError(f"no profile called {name!r}; there are: auto, {', '.join(profiles)}")
+    if device.startswith("cpu"):
+        return CPU_PROFILE
+    if device.startswith("cuda"):
+        return GPU_PROFILE
+    return GPU_PROFILE if cuda_is_available() else CPU_PROFILE

@@ -1,0 +1,99 @@
+"""From result files to table, documents, charts and report; nothing is published ungated."""
+
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .charts import draw_all
+from .documents import update_documents
+from .gate import GateReport, check_gate
+from .merge import merge_runs
+from .report import write_report
+from .results import Result, folder_key, load_folder, lookup, write_json
+from .table import markdown_table, terminal_table
+
+SAME_COMPARISON = ("model.name", "model.dtype", "model.load_format", "seed")
+"""Results that differ in one of these cannot stand in one table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Files that `store_runs` wrote."""
+
+    folder: Path
+    results: tuple[Result, ...]
+    set_aside: tuple[Path, ...]
+    """Earlier results of another model or setting, moved out of the table."""
+
+
+def store_runs(runs_by_stage: Mapping[str, Sequence[Result]], folder: Path) -> Published:
+    """Merge the runs of every stage into `<folder>/<stage>.json`; the caller has gated them.
+
+    Results that are there and were made with another model, dtype, seed or workload move to
+    `<folder>/superseded/`: they would stand beside numbers that they cannot be compared with.
+    Results of stages that did not run now stay, if they fit.
+    """
+    merged = [merge_runs(runs) for runs in runs_by_stage.values() if runs]
+    if not merged:
+        raise ValueError("no run finished, so there is nothing to publish")
+    set_aside = []
+    for file in sorted(folder.glob("*.json")):
+        if file.stem not in runs_by_stage and not _fits(file, folder, merged):
+            target = folder / "superseded" / file.name
+            target.parent.mkdir(exist_ok=True)
+            set_aside.append(file.replace(target))
+    for result in merged:
+        write_json(folder / f"{result['stage']}.json", result)
+    return Published(folder=folder, results=tuple(load_folder(folder)), set_aside=tuple(set_aside))
+
+
+def _fits(file: Path, folder: Path, merged: Sequence[Result]) -> bool:
+    """Whether an earlier result passes the gate against the new ones."""
+    earlier = next(r for r in load_folder(folder) if f"{r['stage']}.json" == file.name)
+    same = all(lookup(earlier, path) == lookup(merged[0], path) for path in SAME_COMPARISON)
+    return same and check_gate({result["stage"]: [result] for result in (*merged, earlier)}).passed
+
+
+def gate_folder(folder: Path) -> GateReport:
+    """The gate over what is stored, for those who only redraw."""
+    return check_gate({result["stage"]: [result] for result in load_folder(folder)})
+
+
+def write_tables(folders: Sequence[Path], root: Path) -> list[Path]:
+    """Put the tables of these folders into the documents under `root`; returns changed files."""
+    tables = {folder_key(folder): markdown_table(load_folder(folder)) for folder in folders}
+    return update_documents(root, tables)
+
+
+def draw_folder(folder: Path) -> tuple[list[Path], Path]:
+    """Charts and report of one folder; returns the PNG files and the HTML file."""
+    results = load_folder(folder)
+    charts = draw_all(results, folder / "charts")
+    return charts, write_report(results, charts, folder / "report.html")
+
+
+def print_tables(folders: Sequence[Path], root: Path) -> None:
+    """Print the tables of these folders and put them into the documents."""
+    width = shutil.get_terminal_size((100, 24)).columns
+    for folder in folders:
+        print(f"\n{folder}\n\n{terminal_table(load_folder(folder), width)}\n")
+    for file in write_tables(folders, root):
+        print(f"table updated in {file}")
+
+
+def print_charts(folders: Sequence[Path]) -> None:
+    """Draw charts and reports of these folders and say where they are."""
+    for folder in folders:
+        charts, report = draw_folder(folder)
+        print(f"charts: {', '.join(str(chart) for chart in charts)}\nreport: {report}")
+
+
+def print_gate(gate: GateReport) -> None:
+    for note in gate.notes:
+        print(f"gate: {note}")
+    for failure in gate.failures:
+        print(f"gate FAILED: {failure}", file=sys.stderr)
+    if gate.passed:
+        print(f"gate passed: {gate.num_tokens_compared} tokens compared")

@@ -1,0 +1,165 @@
+"""Run each stage's own benchmark in a fresh process, in turns, and collect the JSON files."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .results import Result, lookup, read_json
+from .stages import Stage
+
+EXIT_NOT_INSTALLED = 3
+"""A peer ends with this when its engine cannot be imported."""
+STDERR_TAIL_LINES = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What every stage of one comparison gets; values are text, as on a command line."""
+
+    workload: str
+    common: Mapping[str, str]
+    """Options that every `bench` command has: model, load_format, dtype, device, seed."""
+    engine: Mapping[str, str]
+    """Options of engine configurations; a stage gets those that its EngineConfig has."""
+    stage_workloads: Mapping[str, str]
+    timeout_s: float
+    root: Path
+    """Folder of the stages; the processes run in it."""
+    runs_folder: Path
+    """Where the JSON and the standard error of every run go."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    stage: str
+    repeat: int
+    result: Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedRun:
+    stage: str
+    repeat: int
+    reason: str
+    stderr_tail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedStage:
+    """A stage that this machine cannot run, which is not a failure."""
+
+    stage: str
+    reason: str
+
+
+Outcome = FinishedRun | FailedRun | SkippedStage
+
+
+def plan_runs(stages: Sequence[Stage], repeats: int) -> list[tuple[Stage, int]]:
+    """Turns (stage, repeat): all stages once, then all again in reverse, and so on.
+
+    Taking turns spreads what changes over time (heat, other users) over all stages alike, and
+    turning round keeps one stage from always running after the same one.
+    """
+    turns = []
+    for repeat in range(repeats):
+        order = stages if repeat % 2 == 0 else list(reversed(stages))
+        turns += [(stage, repeat) for stage in order]
+    return turns
+
+
+def bench_command(stage: Stage, settings: RunSettings, output: Path) -> list[str]:
+    """The command line of one run of one stage."""
+    command = [sys.executable, "-m", stage.module, "bench"]
+    workload = settings.stage_workloads.get(stage.name, settings.workload)
+    options = {**settings.common, "workload": workload, "output": str(output)}
+    options |= {name: value for name, value in settings.engine.items() if name in stage.options}
+    for name, value in options.items():
+        command += [f"--{name.replace('_', '-')}", value]
+    return command
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    repeats: int,
+    settings: RunSettings,
+    report: Callable[[str], None] = print,
+) -> list[Outcome]:
+    """Run every stage `repeats` times; a failed run is an outcome and stops nothing."""
+    outcomes: list[Outcome] = []
+    skipped: set[str] = set()
+    turns = plan_runs(stages, repeats)
+    for number, (stage, repeat) in enumerate(turns, start=1):
+        if stage.name in skipped:
+            continue
+        outcome = run_once(stage, repeat, settings)
+        outcomes.append(outcome)
+        told = f"[{number}/{len(turns)}] {stage.name}, repeat {repeat + 1}: "
+        if isinstance(outcome, FinishedRun):
+            rate = lookup(outcome.result, "output_tokens_per_s") or 0.0
+            duration = lookup(outcome.result, "duration_s") or 0.0
+            report(f"{told}{rate:,.1f} output tokens/s in {duration:.1f} s")
+        elif isinstance(outcome, SkippedStage):
+            skipped.add(stage.name)
+            report(f"{told}skipped, {outcome.reason}")
+        else:
+            report(f"{told}FAILED, {outcome.reason}\n{outcome.stderr_tail}")
+    return outcomes
+
+
+def run_once(stage: Stage, repeat: int, settings: RunSettings) -> Outcome:
+    """One run in a process of its own."""
+    settings.runs_folder.mkdir(parents=True, exist_ok=True)
+    output = settings.runs_folder.absolute() / f"{stage.name}.{repeat + 1}.json"
+    log_file = output.with_suffix(".stderr.txt")
+    reason = None
+    with log_file.open("w", encoding="utf-8") as log:
+        try:
+            status = subprocess.run(
+                bench_command(stage, settings, output),
+                cwd=settings.root,
+                env=_environment(settings.root),
+                stdin=subprocess.DEVNULL,
+                stdout=log,  # what it prints for people; the numbers are in the JSON
+                stderr=subprocess.STDOUT,
+                timeout=settings.timeout_s,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status, reason = None, f"no result after {settings.timeout_s:g} s (--timeout)"
+    tail = _tail(log_file)
+    if status == EXIT_NOT_INSTALLED and stage.is_peer:
+        return SkippedStage(stage=stage.name, reason=tail.strip().rpartition("\n")[2])
+    if status:
+        reason = f"exit status {status}"
+    if reason is None:
+        try:
+            return FinishedRun(stage=stage.name, repeat=repeat, result=read_json(output))
+        except ValueError as error:
+            reason = str(error)
+    return FailedRun(stage=stage.name, repeat=repeat, reason=reason, stderr_tail=tail)
+
+
+def _environment(root: Path) -> dict[str, str]:
+    """This process's environment with the bare checkout on the Python path."""
+    places = [str(path) for path in (root, root / "shared") if path.is_dir()]
+    inherited = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join(places + ([inherited] if inherited else []))
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def _tail(log_file: Path) -> str:
+    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(f"    {line}" for line in lines[-STDERR_TAIL_LINES:])
+
+
+def new_runs_folder(results: Path) -> Path:
+    """A folder for the raw runs of one comparison, which git is told to ignore."""
+    folder = results / ".runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+    return folder / time.strftime("%Y%m%d-%H%M%S")

@@ -1,0 +1,98 @@
+"""The comparison as text: a table for terminals, one for Markdown, and the notes below them."""
+
+import unicodedata
+from collections.abc import Sequence
+
+from .columns import COLUMNS, PREFIX_MARK, make_rows, table_cells
+from .results import Result, lookup
+
+
+def footnotes(results: Sequence[Result]) -> list[str]:
+    """What a reader must know to read the table: setting, medians, prefixes, unchecked peers."""
+    if not results:
+        return []
+    longest = max(results, key=lambda result: result["workload"]["num_requests"])
+    notes = [setting_line(longest)]
+    repeats = sorted({str(result.get("repeats", 1)) for result in results})
+    notes.append(
+        f"Medians of {' or '.join(repeats)} runs, each in a fresh process; warm-up not counted."
+    )
+    for row in make_rows(results):
+        workload = row.result["workload"]
+        if row.ran_prefix:
+            notes.append(
+                f"{PREFIX_MARK} {row.result['stage']} answered only the first "
+                f"{workload['num_requests']} requests; its rates and times are of those."
+            )
+        reason = lookup(row.result, "gate.not_comparable")
+        if reason is not None:
+            notes.append(f"{row.result['stage']}: its tokens were not compared ({reason}).")
+    return notes
+
+
+def setting_line(result: Result) -> str:
+    """Device, model, dtype and workload in one line."""
+    workload, model = result["workload"], result["model"]
+    name = lookup(result, "environment.device_name") or result["device"]
+    cut = workload.get("num_requests_before_cut")
+    cut_text = f", the first of {cut}" if cut else ""
+    random = ", random weights" if model.get("load_format") == "dummy" else ""
+    spec = workload.get("spec") or workload["name"]
+    return (
+        f"{name}; {model_label(str(model['name']))}{random}, {model['dtype']}; workload {spec} "
+        f"({workload['num_requests']} requests{cut_text}: {workload['num_input_tokens']:,} input "
+        f"and {workload['num_output_tokens']:,} output tokens)."
+    )
+
+
+def model_label(name: str) -> str:
+    """The last part of a path or Hub id: `models/SmolLM2-135M-Instruct` is known by its end."""
+    return name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _width(text: str) -> int:
+    """Columns that a terminal gives it."""
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+def terminal_table(results: Sequence[Result], max_width: int) -> str:
+    """Aligned text; columns that do not fit into `max_width` go below, under the names again."""
+    cells = table_cells(results)
+    widths = [max(_width(line[index]) for line in cells) for index in range(len(COLUMNS))]
+    blocks: list[list[int]] = [[0]]
+    used = widths[0]
+    for index in range(1, len(COLUMNS)):
+        if used + 2 + widths[index] > max_width and len(blocks[-1]) > 1:
+            blocks.append([0])
+            used = widths[0]
+        blocks[-1].append(index)
+        used += 2 + widths[index]
+    text = []
+    for block in blocks:
+        for number, line in enumerate(cells):
+            parts = [
+                line[i] + " " * (widths[i] - _width(line[i]))
+                if i == 0
+                else " " * (widths[i] - _width(line[i])) + line[i]
+                for i in block
+            ]
+            text.append("  ".join(parts).rstrip())
+            if number == 0:
+                text.append("  ".join("─" * widths[i] for i in block))
+        text.append("")
+    return "\n".join(text + footnotes(results))
+
+
+def markdown_table(results: Sequence[Result]) -> str:
+    """A pipe table with its footnotes; the text between the markers of a document."""
+    heading, *rows = table_cells(results)
+    lines = [_markdown_line(heading), "|---|" + "---:|" * (len(heading) - 1)]
+    lines += [_markdown_line(row) for row in rows]
+    return "\n".join(lines + [""] + [f"{note}  " for note in footnotes(results)]).rstrip()
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,237 @@
+"""Compares a stage with Transformers: greedy tokens, and logits along Transformers' own tokens."""
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from folovllm.model import kv_bytes_per_token, resolve_model_directory
+
+from .parity_engine import ForcedSampler, make_requests, run_engine
+from .parity_reference import (
+    Reference,
+    encode_prompts,
+    greedy_reference,
+    load_reference_model,
+    read_prompts,
+)
+
+TOLERANCES: Mapping[str, float] = MappingProxyType(
+    {"float32": 1e-3, "float16": 0.1, "bfloat16": 1.0}
+)
+"""Largest absolute difference of a logit that rounding alone may cause, by dtype."""
+CACHED_REQUESTS = 8
+"""The KV cache has room for so many of the longest requests: the rest wait, join and leave."""
+
+
+class ParityError(Exception):
+    """The comparison could not be made; the message says why and what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityOptions:
+    """What to compare."""
+
+    stage: str
+    model: str
+    prompts: Path
+    dtype: str = "float32"
+    device: str = "auto"
+    num_prompts: int = 30
+    max_tokens: int = 32
+    tolerance: float | None = None
+    """None takes the dtype's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptParity:
+    """How one prompt went."""
+
+    num_prompt_tokens: int
+    num_reference_tokens: int
+    num_compared_tokens: int
+    """Less than the reference's where the paths parted at a near tie, which rounding may decide."""
+    mismatch: str | None
+    """Where and how the tokens differ although they must not; None if they agree."""
+    max_logit_difference: float
+    """Over all steps and the whole vocabulary, along the reference's tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """The outcome over all prompts."""
+
+    stage: str
+    model: str
+    dtype: str
+    device: str
+    tolerance: float
+    prompts: tuple[PromptParity, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(
+            prompt.mismatch is None and prompt.max_logit_difference <= self.tolerance
+            for prompt in self.prompts
+        )
+
+    def to_json(self) -> str:
+        return json.dumps({"passed": self.passed, **asdict(self)}, indent=2) + "\n"
+
+    def __str__(self) -> str:
+        lines = [f"{'prompt':>6}{'in':>6}{'out':>6}{'compared':>10}{'max |dlogit|':>14}  tokens"]
+        for index, prompt in enumerate(self.prompts):
+            excess = "" if prompt.max_logit_difference <= self.tolerance else "  LOGITS DIFFER"
+            lines.append(
+                f"{index:>6}{prompt.num_prompt_tokens:>6}{prompt.num_reference_tokens:>6}"
+                f"{prompt.num_compared_tokens:>10}{prompt.max_logit_difference:>14.2e}"
+                f"  {prompt.mismatch or 'equal'}{excess}"
+            )
+        num_compared = sum(prompt.num_compared_tokens for prompt in self.prompts)
+        num_tokens = sum(prompt.num_reference_tokens for prompt in self.prompts)
+        worst = max(prompt.max_logit_difference for prompt in self.prompts)
+        lines.append(
+            f"{'PASSED' if self.passed else 'FAILED'}: {self.stage} against Transformers, "
+            f"{self.dtype} on {self.device}: {len(self.prompts)} prompts, {num_compared} of "
+            f"{num_tokens} tokens compared, max |dlogit| {worst:.2e} (tolerance {self.tolerance})"
+        )
+        return "\n".join(lines)
+
+
+def run_parity(options: ParityOptions) -> ParityReport:
+    """Run Transformers, then the stage twice: freely, and along Transformers' tokens.
+
+    ParityError or ValueError if the stage, the model or an option cannot be used.
+    """
+    if options.max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {options.max_tokens}")
+    stage = _import_stage(options.stage)
+    directory = resolve_model_directory(options.model)
+    texts = read_prompts(options.prompts, options.num_prompts)
+    prompts = encode_prompts(directory, texts)
+    llm = _start(stage, options, max(map(len, prompts)) + options.max_tokens)
+    device, dtype = llm.model.device, llm.model.dtype
+    references = compute_references(directory, dtype, device, prompts, options.max_tokens)
+    tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
+    return ParityReport(
+        stage=options.stage,
+        model=options.model,
+        dtype=options.dtype,
+        device=str(device),
+        tolerance=tolerance,
+        prompts=tuple(
+            compare_engine(
+                llm.engine,
+                references,
+                max_tokens=options.max_tokens,
+                eos_token_ids=llm.model.config.eos_token_ids,
+                # fp32 has no excuse: near ties are compared as well.
+                near_tie=0.0 if dtype == torch.float32 else tolerance,
+            )
+        ),
+    )
+
+
+def compute_references(
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    prompts: Sequence[list[int]],
+    max_tokens: int,
+) -> list[Reference]:
+    """What Transformers makes of each prompt; its model is gone from memory afterwards."""
+    model = load_reference_model(directory, dtype, device)
+    return [greedy_reference(model, prompt, max_tokens) for prompt in prompts]
+
+
+def compare_engine(
+    engine: Any,
+    references: Sequence[Reference],
+    *,
+    max_tokens: int,
+    eos_token_ids: frozenset[int],
+    near_tie: float,
+) -> list[PromptParity]:
+    """Run the engine freely and forced; replaces its sampler while it does the latter.
+
+    near_tie: a token may differ where the reference's two likeliest logits are at most this far
+    apart, and is not compared any more after that.
+    """
+    outputs = run_engine(engine, make_requests(references, max_tokens, eos_token_ids))
+    forced = ForcedSampler({str(index): reference for index, reference in enumerate(references)})
+    sampler, engine.model_runner.sampler = engine.model_runner.sampler, forced
+    try:
+        # Backwards, so that every request has other batch mates than before.
+        run_engine(engine, make_requests(references, max_tokens, eos_token_ids)[::-1])
+    finally:
+        engine.model_runner.sampler = sampler
+    results = []
+    for index, reference in enumerate(references):
+        num_compared, mismatch = compare_tokens(reference, outputs[str(index)], near_tie)
+        num_tokens = len(reference.output_token_ids)
+        # A step that never happened was not right: infinitely wrong.
+        differences = [
+            forced.max_differences.get((str(index), i), float("inf")) for i in range(num_tokens)
+        ]
+        results.append(
+            PromptParity(
+                num_prompt_tokens=len(reference.prompt_token_ids),
+                num_reference_tokens=num_tokens,
+                num_compared_tokens=num_compared,
+                mismatch=mismatch,
+                max_logit_difference=max(differences),
+            )
+        )
+    return results
+
+
+def compare_tokens(
+    reference: Reference, token_ids: list[int], near_tie: float
+) -> tuple[int, str | None]:
+    """How many tokens were compared, and the first that differs although it must not."""
+    expected = reference.output_token_ids
+    for index, gap in enumerate(reference.top_gaps):
+        found = token_ids[index] if index < len(token_ids) else None
+        if found == expected[index]:
+            continue
+        if found is not None and near_tie > 0.0 and gap <= near_tie:
+            return index, None
+        return index, f"token {index} is {found}, not {expected[index]} (top-2 gap {gap:.2e})"
+    if len(token_ids) > len(expected):
+        return len(expected), f"goes on for {len(token_ids) - len(expected)} tokens after the end"
+    return len(expected), None
+
+
+def _import_stage(name: str) -> Any:
+    try:
+        stage = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ParityError(
+            f"no stage {name!r} can be imported; give a folder's name, such as m2_batching, and "
+            f"run this in the root of the checkout"
+        ) from None
+    if not hasattr(stage, "LLM"):
+        raise ParityError(f"{name} has no LLM; give the name of a stage, such as m2_batching")
+    return stage
+
+
+def _start(stage: Any, options: ParityOptions, max_model_len: int) -> Any:
+    """The stage's LLM, with a KV cache that does not hold all requests at once."""
+    from folovllm.model import ModelConfig
+
+    config = ModelConfig.from_directory(resolve_model_directory(options.model))
+    token_bytes = kv_bytes_per_token(config, getattr(torch, options.dtype))
+    return stage.LLM(
+        model=options.model,
+        dtype=options.dtype,
+        device=options.device,
+        max_model_len=max_model_len,
+        kv_cache_bytes=CACHED_REQUESTS * max_model_len * token_bytes,
+    )

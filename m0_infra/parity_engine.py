@@ -1,0 +1,74 @@
+"""Runs a stage's engine freely, and along a given path while its logits are watched."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from folovllm.interfaces import Engine, SamplerOutput
+from folovllm.request import Request, SamplingParams
+
+from .parity_reference import Reference
+
+
+@dataclass(frozen=True)
+class ForcedTokens:
+    """Tokens of one step that were decided beforehand; `SampledTokens` of a forced sampler."""
+
+    token_ids: list[int]
+
+    def to_host(self) -> SamplerOutput:
+        return SamplerOutput(self.token_ids, [None] * len(self.token_ids))
+
+
+@dataclass
+class ForcedSampler:
+    """Stands in for `Sampler`: compares the logits of each row and returns the reference token.
+
+    So an early difference cannot lead the engine astray, and every step is compared with what
+    Transformers computed for the very same tokens.
+    """
+
+    references: dict[str, Reference]
+    """By request id."""
+    max_differences: dict[tuple[str, int], float] = field(default_factory=dict)
+    """By request id and output position: the largest absolute difference of any logit."""
+
+    def prepare(self, requests: Sequence[Request]) -> list[tuple[str, int]]:
+        """Which output position of which request each row is for."""
+        return [(request.request_id, request.num_output_tokens) for request in requests]
+
+    def sample(self, logits: torch.Tensor, rows: list[tuple[str, int]]) -> ForcedTokens:
+        """logits: [num_rows, vocab_size]. Records one difference per row (NaN counts as inf)."""
+        expected = torch.stack([self.references[name].logits[index] for name, index in rows])
+        difference = (logits.float() - expected.to(logits.device)).abs().amax(dim=-1)
+        values = difference.nan_to_num(nan=float("inf")).tolist()
+        self.max_differences.update(zip(rows, values, strict=True))
+        return ForcedTokens([self.references[name].output_token_ids[i] for name, i in rows])
+
+
+def make_requests(
+    references: Sequence[Reference], max_tokens: int, eos_token_ids: frozenset[int]
+) -> list[Request]:
+    """One greedy request per reference; their ids are their places, "0", "1", …"""
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    return [
+        Request(
+            request_id=str(index),
+            prompt_token_ids=reference.prompt_token_ids,
+            sampling_params=params,
+            eos_token_ids=eos_token_ids,
+        )
+        for index, reference in enumerate(references)
+    ]
+
+
+def run_engine(engine: Engine, requests: Sequence[Request]) -> dict[str, list[int]]:
+    """Queue all requests, run the engine dry; return the output token ids by request id."""
+    outputs: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        engine.add_request(request)
+    while engine.has_unfinished_requests():
+        for token in engine.step().tokens:
+            outputs[token.request_id].append(token.token_id)
+    return outputs

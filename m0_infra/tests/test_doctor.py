@@ -1,0 +1,75 @@
+"""The doctor tells what is missing and says whether the stages can run."""
+
+import importlib.util
+
+import pytest
+
+import m0_infra.doctor as doctor
+from m0_infra.cli import main
+
+
+@pytest.fixture
+def forget(monkeypatch):
+    """Make modules look as if they were not installed."""
+    find_spec = importlib.util.find_spec
+
+    def forget(*names):
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: None if name in names else find_spec(name)
+        )
+
+    return forget
+
+
+def examine(tmp_path):
+    return doctor.examine(tmp_path / "model", duration_s=0.01)
+
+
+def test_this_machine_can_run_and_is_measured(tmp_path):
+    diagnosis = examine(tmp_path)
+    assert diagnosis.can_run
+    found = {f.subject: f.value for section in diagnosis.sections.values() for f in section}
+    assert {"python", "torch", "device", "host memory"} <= found.keys()
+    assert "GB/s" in found["copy"] and "TFLOP/s" in found["matmul"]
+    assert set(doctor.OPTIONAL) <= found.keys()
+
+
+def test_missing_model_is_told_with_the_command_and_stops_nobody(tmp_path):
+    diagnosis = examine(tmp_path)
+    assert diagnosis.can_run and "m0_infra fetch" in str(diagnosis)
+
+
+def test_missing_requirement_stops_the_stages(tmp_path, forget):
+    forget("safetensors")
+    diagnosis = examine(tmp_path)
+    assert not diagnosis.can_run
+    assert "pip install 'safetensors>=" in str(diagnosis)
+
+
+def test_works_without_torch(tmp_path, forget):
+    forget("torch")
+    diagnosis = examine(tmp_path)
+    assert "Device" not in diagnosis.sections and not diagnosis.can_run
+
+
+def test_too_old_version_stops_the_stages(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "REQUIRED", {"numpy": "999.0"})
+    (problem,) = examine(tmp_path).problems
+    assert "older than 999.0" in problem
+
+
+def test_missing_optional_package_stops_nobody(tmp_path, forget):
+    forget("matplotlib", "gguf")
+    diagnosis = examine(tmp_path)
+    assert diagnosis.can_run
+    found = {f.subject: f.value for f in diagnosis.sections["Optional"]}
+    assert found["matplotlib"].startswith("missing") and "charts" in found["matplotlib"]
+
+
+def test_exit_status_is_the_verdict(tmp_path, monkeypatch, capsys):
+    original = doctor.examine
+    monkeypatch.setattr(doctor, "examine", lambda model: original(model, duration_s=0.01))
+    assert main(["doctor", "--model", str(tmp_path)]) == 0
+    monkeypatch.setattr(doctor, "OLDEST_PYTHON", "99.0")
+    assert main(["doctor", "--model", str(tmp_path)]) == 1
+    assert "cannot run here" in capsys.readouterr().out

@@ -1,0 +1,100 @@
+"""`python -m STAGE bench`: one measured run, as a JSON file, a table and one line of JSON."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .llm import DEFAULT_MODEL, LLM
+
+_COLUMNS = ("steps", "requests", "gate")
+"""Parts of a result that grow with the workload; they are in the file only."""
+
+
+def add_bench_flags(parser: argparse.ArgumentParser) -> None:
+    """What is measured and where the result goes."""
+    group = parser.add_argument_group("benchmark")
+    group.add_argument(
+        "--workload",
+        required=True,
+        metavar="SPEC",
+        help="nano, nano:8 (its first 8 requests), fixed:batch=8,input=512,output=128, chat, "
+        "poisson:…, shared-prefix:…, azure:PATH, mooncake:PATH, sharegpt:PATH",
+    )
+    group.add_argument("--output", type=Path, metavar="FILE.json", help="write the result here")
+    for flag, default, text in (
+        ("--gate-requests", 8, "requests whose greedy tokens are kept to compare stages"),
+        ("--gate-tokens", 16, "tokens of each of them"),
+        ("--warmup-tokens", 4, "tokens per request of the run before the clock"),
+    ):
+        group.add_argument(
+            flag, type=int, default=default, metavar="INT", help=f"{text} (default: {default})"
+        )
+
+
+def run_bench(llm: LLM, stage: str, arguments: argparse.Namespace) -> None:
+    """Measure; write the file whole or not at all; print a table, then the summary as JSON."""
+    from .bench import run_benchmark
+    from .workloads import make_workload
+
+    if arguments.output is not None and arguments.output.is_dir():
+        raise ValueError(f"--output {arguments.output} is a directory; name a file in it")
+    workload = make_workload(
+        arguments.workload,
+        tokenizer=llm.tokenizer,
+        vocab_size=llm.model.config.vocab_size,
+        seed=arguments.llm_seed,
+    )
+    result = run_benchmark(
+        llm,
+        workload,
+        stage=stage,
+        seed=arguments.llm_seed,
+        gate_requests=arguments.gate_requests,
+        gate_tokens=arguments.gate_tokens,
+        warmup_tokens=arguments.warmup_tokens,
+        model_name=Path(arguments.model or DEFAULT_MODEL).name,
+        load_format=arguments.load_format,
+    )
+    if arguments.output is not None:
+        write_json_atomically(arguments.output, result)
+    print(format_summary(result))
+    print(json.dumps({key: value for key, value in result.items() if key not in _COLUMNS}))
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """Write `value` to `path`, making its folders; an interrupt leaves what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def format_summary(result: dict[str, Any]) -> str:
+    """The headline numbers of a benchmark result as a table for people."""
+    workload, memory = result["workload"], result["peak_memory_bytes"]
+    cut = workload["num_requests_before_cut"]
+    size = f"{workload['num_requests']} requests" + (f" of {cut}" if cut else "")
+    rows = [
+        ("workload", f"{workload['spec']}: {size}"),
+        ("output throughput", f"{result['output_tokens_per_s']:.1f} tok/s"),
+        ("total throughput", f"{result['total_tokens_per_s']:.1f} tok/s"),
+        ("TTFT p50 / p99", _milliseconds(result["ttft_s"])),
+        ("TPOT p50 / p99", _milliseconds(result["tpot_s"])),
+        ("ITL p50 / p99", _milliseconds(result["itl_s"])),
+        ("decode step p50 / p99", _milliseconds(result["decode_step_s"])),
+        ("peak memory", f"{memory['total'] / 2**30:.2f} GiB"),
+        ("duration", f"{result['duration_s']:.2f} s"),
+    ]
+    title = f"{result['stage']}, {result['model']['name']}, {result['device']}"
+    return "\n".join([title, *(f"  {name:<22} {value}" for name, value in rows)])
+
+
+def _milliseconds(summary: dict[str, float | None]) -> str:
+    """p50 and p99; a workload of one token per request has no gaps to summarise."""
+    parts = (summary["p50"], summary["p99"])
+    return " / ".join("–" if part is None else f"{part * 1000:.2f}" for part in parts) + " ms"

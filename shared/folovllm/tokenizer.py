@@ -1,0 +1,216 @@
+"""Text to token ids and back: a thin wrapper over a Hugging Face tokenizer."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+Message = Mapping[str, str]
+"""One turn of a conversation: `{"role": "user", "content": "Hello"}`."""
+
+_BYTE_FALLBACK_LEN = len("<0x00>")
+
+
+class Tokenizer:
+    """Encodes prompts, decodes outputs, and knows which bytes every single token stands for.
+
+    The last part is what incremental detokenisation needs. `decode` of a whole list is not a sum
+    over its tokens: a character may be spread over several tokens, and sentencepiece-like
+    tokenizers drop the space before the first word. `token_bytes` is additive instead: joined
+    over the tokens of an output it gives the UTF-8 bytes that follow the text of the prompt.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Load from a model directory, a `tokenizer.json` file or a Hub id; never runs remote code.
+
+        Raises ValueError if there is no usable tokenizer. transformers is imported here and not
+        with the module: it takes a second that bookkeeping and its tests need not pay.
+        """
+        self.path = str(path)
+        self._hf = self._load(self.path)
+        self._backend = self._hf.backend_tokenizer
+        self._token_bytes: dict[int, bytes] = {}
+
+    @staticmethod
+    def _load(path: str) -> Any:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        try:
+            if path.endswith(".json"):
+                if not Path(path).is_file():
+                    raise ValueError("there is no such file")
+                tokenizer = PreTrainedTokenizerFast(tokenizer_file=path)
+            elif Path(path).is_absolute() and not Path(path).is_dir():
+                raise ValueError("there is no such directory")
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except Exception as error:  # transformers and tokenizers raise bare Exception among others
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"cannot load a tokenizer from {path!r}: {reason}; give a directory with "
+                f"tokenizer.json, such a file, or the id of a model on the Hub"
+            ) from error
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise ValueError(
+                f"the tokenizer of {path!r} ({type(tokenizer).__name__}) has no tokenizer.json; "
+                f"only tokenizers of the `tokenizers` library are supported"
+            )
+        return tokenizer
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of tokens with their added ones; a model's logits may be padded beyond it."""
+        return len(self._hf)
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The end-of-sequence id of the tokenizer's own settings; empty if there is none."""
+        eos = self._hf.eos_token_id
+        return frozenset() if eos is None else frozenset((eos,))
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """What `skip_special_tokens` leaves out of the text."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._hf.chat_template is not None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with what the tokenizer puts around every prompt (bos)."""
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing.
+
+        Spaces are not cleaned up afterwards (`clean_up_tokenization_spaces`): what a clean-up
+        removes depends on the text that follows, so that no stream could reproduce it.
+        """
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation in the format that the model was trained on.
+
+        `add_generation_prompt` opens the assistant's turn. ValueError if the tokenizer has no
+        template, a message is malformed, or the template itself refuses the conversation.
+        """
+        if not self.has_chat_template:
+            raise ValueError(
+                f"the tokenizer of {self.path!r} has no chat template: it belongs to a base "
+                f"model; use generate with plain text, or an instruct model"
+            )
+        self._check_messages(messages)
+        from jinja2 import TemplateError
+
+        try:
+            text: str = self._hf.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+        return self.encode(text, add_special_tokens=False)  # the template has written them
+
+    @staticmethod
+    def _check_messages(messages: Sequence[Message]) -> None:
+        if isinstance(messages, str | Mapping) or not messages:
+            raise ValueError(
+                f"a conversation is a non-empty list of messages "
+                f'like {{"role": "user", "content": "Hello"}}, got {messages!r}'
+            )
+        for index, message in enumerate(messages):
+            for key in ("role", "content"):
+                value = message.get(key) if isinstance(message, Mapping) else None
+                if not isinstance(value, str):
+                    raise ValueError(
+                        f"message {index} needs a string under {key!r}, got {message!r}; "
+                        f'write it as {{"role": "user", "content": "Hello"}}'
+                    )
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes that a token adds after other text; part of a character is possible.
+
+        Unknown ids add nothing. Special tokens give their own text: leaving them out is up to
+        the caller. Remembered per token, since a stream asks for the same few again and again.
+        """
+        found = self._token_bytes.get(token_id)
+        if found is None:
+            found = self._token_bytes[token_id] = self._compute_token_bytes(token_id)
+        return found
+
+    def first_token_bytes(self, token_id: int) -> bytes:
+        """As `token_bytes`, where no text stands before: without the space of a first word."""
+        token_bytes = self.token_bytes(token_id)
+        if self._is_byte_level or token_bytes[:1] != b" ":
+            return token_bytes
+        return self.decode([token_id], skip_special_tokens=False).encode()
+
+    def token_text(self, token_id: int) -> str:
+        """A single token as text after other text; part of a character becomes U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def _compute_token_bytes(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._is_byte_level:
+            return self._byte_level_bytes(token)
+        if (
+            "ByteFallback" in self._decoder_types
+            and len(token) == _BYTE_FALLBACK_LEN
+            and token.startswith("<0x")
+        ):
+            return bytes.fromhex(token[3:5])
+        # Every other decoder works on whole characters, so the difference that the token makes
+        # after some other token is its text, with the space that would be cut off at the start.
+        before = self.decode([self._anchor_id], skip_special_tokens=False)
+        both = self.decode([self._anchor_id, token_id], skip_special_tokens=False)
+        return both[len(before) :].encode()
+
+    def _byte_level_bytes(self, token: str) -> bytes:
+        """Undo GPT-2's byte alphabet; a token with other characters was added as plain text."""
+        try:
+            return bytes(self._byte_of_character[character] for character in token)
+        except KeyError:
+            return token.encode()
+
+    @cached_property
+    def _decoder_types(self) -> frozenset[str]:
+        """Names of the steps that the tokenizer's decoder is made of."""
+        decoder = self._backend.decoder
+        if decoder is None:
+            return frozenset()
+        state = json.loads(decoder.__getstate__())
+        return frozenset(part["type"] for part in state.get("decoders", [state]))
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in self._decoder_types
+
+    @cached_property
+    def _byte_of_character(self) -> dict[str, int]:
+        """GPT-2's alphabet: printable bytes stand for themselves, the others from U+0100 on."""
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in set(printable)]
+        alphabet = {chr(byte): byte for byte in printable}
+        return alphabet | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+    @cached_property
+    def _anchor_id(self) -> int:
+        """Some token that is plain text: what stands before a token when its text is asked."""
+        special = self.special_token_ids
+        for token, token_id in sorted(self._backend.get_vocab().items(), key=lambda item: item[1]):
+            if token_id in special or token.startswith("<0x"):
+                continue
+            if self.decode([token_id]).isalnum():
+                return int(token_id)
+        raise ValueError(f"the tokenizer of {self.path!r} has no token that is a plain word")

@@ -1,0 +1,80 @@
+"""What workloads are made of: requests, random tokens, and the prompts of this package."""
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Protocol
+
+import numpy as np
+
+
+class PromptEncoder(Protocol):
+    """The part of a tokenizer that workloads of real text need."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class WorkloadRequest:
+    """One request: these tokens arrive then, and this many are to be produced."""
+
+    prompt_token_ids: tuple[int, ...]
+    output_len: int
+    """Tokens to produce; end-of-sequence tokens are ignored."""
+    arrival_s: float
+    """Seconds after the start of the clock, a multiple of a microsecond."""
+    request_id: str
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """One line of the prompts that come with this package."""
+
+    category: str
+    text: str
+
+
+@dataclass(frozen=True)
+class WorkloadSource:
+    """What a builder may draw on."""
+
+    tokenizer: PromptEncoder | None
+    vocab_size: int | None
+    seed: int
+
+    def rng(self) -> random.Random:
+        return random.Random(self.seed)
+
+    def random_tokens(self, key: str, num_tokens: int) -> tuple[int, ...]:
+        """Token ids that depend on seed, key and vocabulary only.
+
+        SHAKE-256 and not a generator: equal keys give equal tokens whatever was drawn before,
+        and no library version changes them.
+        """
+        if self.vocab_size is None:
+            raise ValueError("this workload draws random tokens: give make_workload a vocab_size")
+        stream = hashlib.shake_256(f"{self.seed}/{key}".encode()).digest(4 * num_tokens)
+        return tuple((np.frombuffer(stream, dtype="<u4") % self.vocab_size).tolist())
+
+    def require_tokenizer(self, kind: str) -> PromptEncoder:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"workload {kind!r} holds text and needs a tokenizer; use a model that has one, "
+                f"or a workload of random tokens such as 'nano'"
+            )
+        return self.tokenizer
+
+
+def read_prompts() -> list[ChatPrompt]:
+    """The real prompts that come with this package, in several languages and lengths."""
+    lines = (
+        resources.files(__package__ or "folovllm")
+        .joinpath("data/prompts.jsonl")
+        .read_text(encoding="utf-8")
+    )
+    return [ChatPrompt(**json.loads(line)) for line in lines.splitlines()]

@@ -1,0 +1,511 @@
+"""LLM over a scripted engine: prompts, settings, outputs, stops, aborts, refusals."""
+
+import numpy as np
+import pytest
+from folovllm import CompletionOutput, SamplingParams
+from folovllm.llm import LLM
+from folovllm.testing.scripted_engine import (
+    ScriptedLLM,
+    ScriptedModel,
+    ScriptedModelConfig,
+    ScriptedPolicy,
+)
+from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer
+from folovllm.tokenizer import Tokenizer
+
+ANSWER = "The dog naps. 世界! STOP here"
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory):
+    return save_byte_level_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_path):
+    return Tokenizer(tokenizer_path)
+
+
+@pytest.fixture
+def make_llm(monkeypatch, tokenizer, tokenizer_path):
+    """Makes an LLM whose engine answers every request with the same tokens, then EOS."""
+
+    def make(answer=None, *, with_tokenizer=True, eos=(EOS,), max_positions=512, **options):
+        answer = [*tokenizer.encode(ANSWER), EOS] if answer is None else answer
+        answer_of = answer if callable(answer) else lambda request: answer
+        config = ScriptedModelConfig(tokenizer.vocab_size, max_positions, frozenset(eos))
+        model = ScriptedModel(config, answer_of)
+        monkeypatch.setattr("folovllm.llm.load_model", lambda *args, **kwargs: model)
+        named = {"tokenizer": tokenizer_path} if with_tokenizer else {}
+        return ScriptedLLM("toy", load_format="dummy", **named, **options)
+
+    return make
+
+
+def generate(llm, prompts, params=None, **kwargs):
+    return llm.generate(prompts, params, use_tqdm=False, **kwargs)
+
+
+FULL = SamplingParams(max_tokens=None)
+
+
+# Prompts and outputs ------------------------------------------------------------------------------
+
+
+def test_every_form_of_a_prompt_gives_the_same_request(make_llm, tokenizer):
+    llm = make_llm()
+    ids = tokenizer.encode("Hello dog")
+    forms = ["Hello dog", ids, tuple(ids), {"prompt": "Hello dog"}, {"prompt_token_ids": ids}]
+    forms += [np.array(ids).tolist(), [np.int64(token_id) for token_id in ids]]
+    for form in forms:
+        (output,) = generate(llm, form, FULL)
+        assert output.prompt_token_ids == ids
+        assert output.prompt == (
+            "Hello dog" if form in ("Hello dog", {"prompt": "Hello dog"}) else None
+        )
+        assert all(type(token_id) is int for token_id in llm.engine.added[-1].prompt_token_ids)
+    assert len(generate(llm, forms[:5])) == 5
+    assert generate(llm, []) == []
+
+
+def test_outputs_are_in_prompt_order_although_they_finish_in_another(make_llm):
+    llm = make_llm(lambda request: [request.prompt_token_ids[0]])
+    params = [SamplingParams(max_tokens=n) for n in (9, 1, 5)]
+    outputs = generate(llm, [[70], [71], [72]], params)
+    assert [output.outputs[0].token_ids for output in outputs] == [[70] * 9, [71], [72] * 5]
+    assert all(output.finished for output in outputs)
+    assert len({output.request_id for output in outputs}) == 3
+
+
+def test_end_of_sequence_ends_the_output_and_is_no_text(make_llm, tokenizer):
+    for skip_special_tokens in (True, False):
+        params = SamplingParams(max_tokens=None, skip_special_tokens=skip_special_tokens)
+        (output,) = generate(make_llm(), "Hello", params)
+        completion = output.outputs[0]
+        assert completion.text == ANSWER
+        assert completion.token_ids == [*tokenizer.encode(ANSWER), EOS]
+        assert (completion.finish_reason, completion.stop_reason) == ("stop", None)
+        assert completion.finished
+
+
+def test_length_ends_the_output_in_the_middle_of_a_character(make_llm, tokenizer):
+    ids = tokenizer.encode("世界")
+    num_bytes = len(tokenizer.token_bytes(ids[0]))
+    assert num_bytes < 3
+    (output,) = generate(make_llm(ids), "Hello", SamplingParams(max_tokens=1))
+    assert output.outputs[0].text == "\ufffd"
+    assert (output.outputs[0].finish_reason, output.outputs[0].token_ids) == ("length", ids[:1])
+
+
+def test_max_tokens_none_is_what_max_model_len_leaves(make_llm):
+    llm = make_llm([70], eos=(), max_model_len=20)
+    (output,) = generate(llm, [70] * 13, FULL)
+    assert len(output.outputs[0].token_ids) == 7
+    with pytest.raises(ValueError, match="prompt 1 has 20 tokens and leaves no room"):
+        generate(llm, [[70], [70] * 20], FULL)
+
+
+def test_stop_token_id_ends_the_output_and_is_its_reason(make_llm, tokenizer):
+    ids = tokenizer.encode("ab.")
+    llm = make_llm(ids)
+    (output,) = generate(llm, "Hello", SamplingParams(stop_token_ids=[ids[-1]]))
+    completion = output.outputs[0]
+    assert (completion.text, completion.stop_reason) == ("ab", ids[-1])
+    assert completion.token_ids == ids
+    params = SamplingParams(stop_token_ids=[ids[-1]], include_stop_str_in_output=True)
+    assert generate(llm, "Hello", params)[0].outputs[0].text == "ab."
+
+
+def test_ignore_eos_goes_on_behind_end_of_sequence(make_llm):
+    params = SamplingParams(ignore_eos=True, max_tokens=40)
+    (output,) = generate(make_llm(), "Hello", params)
+    assert len(output.outputs[0].token_ids) == 40
+    assert output.outputs[0].text.startswith(ANSWER + ANSWER[:5])
+
+
+def test_tokenizers_end_of_sequence_serves_a_model_that_names_none(make_llm):
+    (output,) = generate(make_llm(eos=()), "Hello", FULL)
+    assert output.outputs[0].finish_reason == "stop"
+
+
+def test_without_a_tokenizer_token_ids_still_work(make_llm):
+    llm = make_llm([70, 71], with_tokenizer=False)
+    assert llm.tokenizer is None
+    (output,) = generate(llm, [5, 6], SamplingParams(max_tokens=3, logprobs=1))
+    assert output.outputs[0].token_ids == [70, 71, 70]
+    assert output.outputs[0].text == ""
+    assert output.outputs[0].logprobs[0][70].decoded_token is None
+
+
+def test_metrics_give_time_to_first_token(make_llm):
+    (output,) = generate(make_llm(), "Hello")
+    metrics = output.metrics
+    assert 0 < metrics.ttft_s < metrics.last_token_time - metrics.arrival_time
+
+
+# Stop strings -------------------------------------------------------------------------------------
+
+
+def test_stop_string_aborts_the_engine_request(make_llm, tokenizer):
+    llm = make_llm()
+    (output,) = generate(llm, "Hello", SamplingParams(max_tokens=None, stop=["nope", "STOP"]))
+    completion = output.outputs[0]
+    assert completion.text == "The dog naps. 世界! "
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", "STOP")
+    text = tokenizer.decode(completion.token_ids)
+    assert "STOP" in text and "STOP" not in tokenizer.decode(completion.token_ids[:-1])
+    assert llm.engine.aborted == [output.request_id]
+    assert not llm.engine.has_unfinished_requests()
+
+
+def test_stop_string_may_stay_in_the_output(make_llm):
+    params = SamplingParams(max_tokens=None, stop="STOP", include_stop_str_in_output=True)
+    assert generate(make_llm(), "Hello", params)[0].outputs[0].text.endswith("! STOP")
+
+
+def test_stop_string_in_the_last_allowed_token_is_a_stop(make_llm, tokenizer):
+    ids = tokenizer.encode("ab")
+    llm = make_llm(ids)
+    (output,) = generate(llm, "Hello", SamplingParams(max_tokens=len(ids), stop="b"))
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", "b")
+    assert llm.engine.aborted == []
+
+
+def test_min_tokens_holds_for_stop_strings(make_llm, tokenizer):
+    llm = make_llm(tokenizer.encode("a")[:1])
+    params = SamplingParams(stop="a", min_tokens=3, max_tokens=9)
+    assert len(generate(llm, "Hello", params)[0].outputs[0].token_ids) == 4
+
+
+# n, seeds, logprobs, priorities -------------------------------------------------------------------
+
+
+def test_n_gives_that_many_completions_with_seeds_of_their_own(make_llm):
+    llm = make_llm()
+    outputs = generate(llm, ["Hello", "dog"], SamplingParams(n=3, seed=11))
+    assert [[c.index for c in output.outputs] for output in outputs] == [[0, 1, 2]] * 2
+    assert [request.seed for request in llm.engine.added] == [11, 12, 13] * 2
+    assert all(request.sampling_params.n == 1 for request in llm.engine.added)
+    assert len({request.request_id for request in llm.engine.added}) == 6
+
+
+def test_seeds_follow_from_the_llms_seed_and_the_order_of_requests(make_llm):
+    def seeds(seed):
+        llm = make_llm(seed=seed)
+        generate(llm, ["Hello", "dog"], SamplingParams(n=2))
+        generate(llm, "Hello")
+        return [request.seed for request in llm.engine.added]
+
+    first = seeds(0)
+    assert seeds(0) == first and len(set(first)) == 5
+    assert not set(seeds(1)) & set(first)
+    assert all(0 <= seed < 2**63 for seed in first)
+
+
+def test_refused_call_does_not_change_later_seeds(make_llm):
+    llm, other = make_llm(), make_llm()
+    with pytest.raises(ValueError):
+        generate(llm, ["Hello", [10**6]])
+    generate(llm, "Hello")
+    generate(other, "Hello")
+    assert llm.engine.added[0].seed == other.engine.added[0].seed
+
+
+def test_logprobs_are_by_token_id_with_the_chosen_token_first(make_llm, tokenizer):
+    token_id = tokenizer.encode("a")[0]
+    (output,) = generate(make_llm([token_id]), "Hello", SamplingParams(max_tokens=2, logprobs=2))
+    completion = output.outputs[0]
+    assert completion.cumulative_logprob == -0.5
+    assert [list(position) for position in completion.logprobs] == [[token_id, 0, 1]] * 2
+    chosen, top = completion.logprobs[0][token_id], completion.logprobs[0][0]
+    assert (chosen.logprob, chosen.rank, chosen.decoded_token) == (-0.25, 3, "a")
+    assert (top.logprob, top.rank, top.decoded_token) == (-0.5, 1, "<bos>")
+
+
+def test_chosen_token_among_the_likeliest_is_listed_once(make_llm):
+    (output,) = generate(make_llm([0]), "Hello", SamplingParams(max_tokens=1, logprobs=2))
+    assert list(output.outputs[0].logprobs[0]) == [0, 1]
+
+
+def test_logprobs_are_none_unless_asked_for(make_llm):
+    completion = generate(make_llm(), "Hello")[0].outputs[0]
+    assert completion.logprobs is None and completion.cumulative_logprob is None
+
+
+def test_priorities_reach_the_engine(make_llm):
+    llm = make_llm(scheduling_policy="priority")
+    generate(llm, ["Hello", "dog"], priority=[4, -1])
+    assert [request.priority for request in llm.engine.added] == [4, -1]
+
+
+def test_priorities_without_the_policy_or_in_the_wrong_number_are_refused(make_llm):
+    with pytest.raises(ValueError, match="no effect: the scheduling policy .* 'fcfs'"):
+        generate(make_llm(), ["Hello"], priority=[1])
+    with pytest.raises(ValueError, match="got 1 priorities for 2 prompts"):
+        generate(make_llm(scheduling_policy="priority"), ["Hello", "dog"], priority=[1])
+
+
+# Chat ---------------------------------------------------------------------------------------------
+
+
+def test_chat_takes_one_conversation_or_several(make_llm):
+    llm = make_llm()
+    one = [{"role": "user", "content": "Hello"}]
+    (output,) = llm.chat(one, FULL, use_tqdm=False)
+    assert output.prompt == "user: Hello\nassistant: "
+    assert output.outputs[0].text == ANSWER
+    two = [one, [*one, {"role": "assistant", "content": "dog"}]]
+    outputs = llm.chat(two, [FULL, FULL], use_tqdm=False, add_generation_prompt=False)
+    assert [output.prompt for output in outputs] == [
+        "user: Hello\n",
+        "user: Hello\nassistant: dog\n",
+    ]
+
+
+def test_chat_refuses_what_is_no_conversation(make_llm):
+    llm = make_llm()
+    for wrong in ([], [[]], [{"role": "user"}], "Hello"):
+        with pytest.raises(ValueError, match=r"conversation|message 0"):
+            llm.chat(wrong, use_tqdm=False)
+    with pytest.raises(ValueError, match="no tokenizer and so no chat template"):
+        make_llm(with_tokenizer=False).chat([{"role": "user", "content": "x"}])
+
+
+# Streams ------------------------------------------------------------------------------------------
+
+
+def test_stream_yields_the_growing_text_after_every_token(make_llm, tokenizer):
+    outputs = list(make_llm().stream("Hello", FULL))
+    texts = [output.outputs[0].text for output in outputs]
+    assert len(outputs) == len(tokenizer.encode(ANSWER)) + 1
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert texts[-1] == ANSWER
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    assert [len(output.outputs[0].token_ids) for output in outputs] == list(
+        range(1, len(outputs) + 1)
+    )
+
+
+def test_stream_of_several_completions_yields_all_of_them(make_llm):
+    *_, last = make_llm().stream("Hello", SamplingParams(n=2, max_tokens=None))
+    assert [completion.text for completion in last.outputs] == [ANSWER, ANSWER]
+
+
+def test_closed_stream_aborts_its_request(make_llm):
+    llm = make_llm()
+    stream = llm.stream("Hello", SamplingParams(n=2, max_tokens=None))
+    next(stream)
+    assert llm.engine.has_unfinished_requests()
+    stream.close()
+    assert llm.engine.aborted == ["0-0", "0-1"]
+    assert not llm.engine.has_unfinished_requests()
+
+
+def test_stream_that_is_never_read_queues_nothing_and_mistakes_show_at_once(make_llm):
+    llm = make_llm()
+    llm.stream("Hello").close()
+    assert llm.engine.added == []
+    with pytest.raises(ValueError, match="prompt 0"):
+        llm.stream([10**6])
+
+
+def test_streams_and_generate_may_be_interleaved(make_llm):
+    llm = make_llm(max_num_seqs=8)
+    first, second = llm.stream("Hello", FULL), llm.stream("dog", FULL)
+    next(first), next(second)
+    assert generate(llm, "fox", FULL)[0].outputs[0].text == ANSWER
+    assert [*first][-1].outputs[0].text == ANSWER
+    assert [*second][-1].outputs[0].text == ANSWER
+    assert llm.engine.aborted == []
+
+
+def test_stream_ends_at_a_stop_string(make_llm):
+    outputs = list(make_llm().stream("Hello", SamplingParams(max_tokens=None, stop="naps")))
+    assert outputs[-1].outputs[0].text == "The dog "
+    assert not any("na" in output.outputs[0].text for output in outputs)
+
+
+# Failures leave a usable LLM ----------------------------------------------------------------------
+
+
+def test_prompt_that_the_engine_refuses_takes_its_whole_call_back(make_llm):
+    llm = make_llm(max_model_len=30)
+    with pytest.raises(ValueError, match="46 tokens exceed"):
+        generate(llm, [[70], [71], [72] * 30])
+    assert llm.engine.aborted == ["0", "1"]
+    assert len(generate(llm, "Hello")[0].outputs[0].token_ids) > 0
+
+
+def test_wrong_prompt_is_found_before_any_is_queued(make_llm):
+    llm = make_llm()
+    with pytest.raises(ValueError, match="prompt 2 holds token id"):
+        generate(llm, ["Hello", "dog", [70, 10**6]])
+    assert llm.engine.added == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_call_aborts_its_requests(make_llm, error):
+    llm = make_llm()
+
+    def interrupt(num_steps):
+        if num_steps == 3:
+            llm.engine.before_step = lambda num_steps: None
+            raise error
+
+    llm.engine.before_step = interrupt
+    with pytest.raises(error):
+        generate(llm, ["Hello", "dog", "fox"], FULL)
+    assert sorted(llm.engine.aborted) == ["0", "1", "2"]
+    assert generate(llm, "Hello", FULL)[0].outputs[0].text == ANSWER
+
+
+def test_interrupted_call_leaves_other_streams_alone(make_llm):
+    llm = make_llm(max_num_seqs=8)
+    stream = llm.stream("Hello", FULL)
+    next(stream)
+    with pytest.raises(ValueError):
+        generate(llm, [[70], [71] * 250])
+    assert [*stream][-1].outputs[0].text == ANSWER
+
+
+def test_request_id_in_use_by_someone_else_is_not_aborted(make_llm):
+    llm, other = make_llm(), make_llm()
+    generate(other, "Hello")
+    foreign = other.engine.added[0]
+    llm.engine.add_request(type(foreign)(
+        request_id="0", prompt_token_ids=[70], sampling_params=SamplingParams(max_tokens=3)
+    ))  # fmt: skip
+    with pytest.raises(ValueError, match="id 0 is in use"):
+        generate(llm, "Hello")
+    assert llm.engine.aborted == []
+    assert len(generate(llm, "dog", FULL)[0].outputs[0].token_ids) > 3
+
+
+def test_requests_that_disappear_from_the_engine_are_an_error(make_llm):
+    llm = make_llm()
+    llm.engine.before_step = lambda num_steps: llm.engine.abort_request("0")
+    with pytest.raises(RuntimeError, match="nothing left to run, but 1 prompts are unfinished"):
+        generate(llm, "Hello")
+
+
+# Refusals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "match"),
+    [
+        (5, "a prompt is text, a list of token ids"),
+        ([[70], 5], "prompt 1 must be text"),
+        ([None], "prompt 0 must be text"),
+        ([[]], "prompt 0 has no tokens"),
+        ("", "prompt 0 has no tokens"),
+        ([True, False], "prompt 0 must be"),
+        ([[1.5]], "prompt 0 must be"),
+        ([-1], "token id -1, but this model's ids are 0 to"),
+        ({"prompt": 5}, "prompt 0 must be"),
+        ({"prompt": "a", "prompt_token_ids": [1]}, "prompt 0 must be"),
+        ({"prompt_embeds": [1]}, "prompt_embeds"),
+        ({"prompt_token_ids": "abc"}, "prompt 0 must be"),
+        ({"prompt_token_ids": [[1]]}, "prompt 0 must be"),
+    ],
+)
+def test_malformed_prompt_is_refused(make_llm, prompts, match):
+    llm = make_llm()
+    with pytest.raises(ValueError, match=match):
+        generate(llm, prompts)
+    assert llm.engine.added == []
+
+
+def test_text_and_stop_strings_without_a_tokenizer_are_refused(make_llm):
+    llm = make_llm(with_tokenizer=False)
+    with pytest.raises(ValueError, match="prompt 0 is text, but this model has no tokenizer"):
+        generate(llm, "Hello")
+    with pytest.raises(ValueError, match="stop strings .* need text"):
+        generate(llm, [5], SamplingParams(stop="x"))
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        ([SamplingParams()], "got 1 sampling_params for 2 prompts"),
+        ([SamplingParams()] * 3, "got 3 sampling_params for 2 prompts"),
+        ({"max_tokens": 3}, "must be a SamplingParams or a list"),
+        ([SamplingParams(), None], "must be a SamplingParams or a list"),
+        (SamplingParams(stop_token_ids=[10**6]), "stop_token_ids of prompt 0 holds token id"),
+        (SamplingParams(logit_bias={-4: 1.0}), "logit_bias of prompt 0 holds token id -4"),
+        (SamplingParams(max_tokens=None, min_tokens=400), "min_tokens .400. is above"),
+    ],
+)
+def test_sampling_params_that_cannot_work_are_refused(make_llm, params, match):
+    llm = make_llm()
+    with pytest.raises(ValueError, match=match):
+        generate(llm, ["Hello", "dog"], params)
+    assert llm.engine.added == []
+
+
+def test_unknown_engine_option_is_named_with_the_closest_and_all_known(make_llm):
+    with pytest.raises(
+        ValueError, match=r"'max_num_seq' \(did you mean 'max_num_seqs'\?\)"
+    ) as info:
+        make_llm(max_num_seq=3)
+    assert "max_model_len, max_num_seqs, kv_cache_bytes, scheduling_policy" in str(info.value)
+    with pytest.raises(ValueError, match="unknown engine option 'zzz'; this stage knows"):
+        make_llm(zzz=3)
+
+
+def test_enum_options_take_their_values_as_strings(make_llm):
+    for value in ("priority", ScriptedPolicy.PRIORITY):
+        config = make_llm(scheduling_policy=value).engine.config
+        assert config.scheduling_policy is ScriptedPolicy.PRIORITY
+    with pytest.raises(ValueError, match="one of 'fcfs', 'priority', got 'lifo'"):
+        make_llm(scheduling_policy="lifo")
+
+
+def test_max_model_len_follows_the_model_unless_given(make_llm):
+    assert make_llm(max_positions=512).engine.config.max_model_len == 256
+    assert make_llm(max_positions=100).engine.config.max_model_len == 100
+    with pytest.raises(ValueError, match="max_model_len=200 is beyond this model's limit of 100"):
+        make_llm(max_positions=100, max_model_len=200)
+
+
+def test_seed_must_be_a_natural_number(make_llm):
+    for seed in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="seed must be a whole number"):
+            make_llm(seed=seed)
+
+
+def test_missing_embedded_model_says_how_to_fetch_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="python -m m0_infra fetch"):
+        ScriptedLLM()
+
+
+def test_unknown_arguments_of_generate_are_refused(make_llm):
+    with pytest.raises(TypeError, match="lora_request"):
+        make_llm().generate("Hello", lora_request=1)
+
+
+def test_tokenizer_is_read_from_the_models_directory_if_it_is_there(
+    make_llm, tokenizer_path, tmp_path
+):
+    make_llm()  # replaces load_model
+    assert ScriptedLLM(tokenizer_path).tokenizer.vocab_size == 360
+    assert ScriptedLLM(tmp_path).tokenizer is None
+    assert ScriptedLLM("qwen3-0.6b", load_format="dummy").tokenizer is None
+
+
+def test_progress_bar_reports_prompts_and_tokens_per_second(make_llm, capsys):
+    make_llm().generate(["Hello", "dog"], FULL, use_tqdm=True)
+    shown = capsys.readouterr().err
+    assert "2/2" in shown and "output" in shown and "tok/s" in shown
+    make_llm().generate(["Hello", "dog"], FULL, use_tqdm=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_results_cannot_be_changed(make_llm):
+    (output,) = generate(make_llm(), "Hello")
+    with pytest.raises(AttributeError):
+        output.finished = False
+    assert isinstance(output.outputs[0], CompletionOutput)
+    assert issubclass(ScriptedLLM, LLM)
