@@ -28,12 +28,13 @@ LAST := $(lastword $(SHORT_NAMES))
 EMBEDDED := models/SmolLM2-135M-Instruct/model.safetensors
 ifdef NO_VENV
   PY := $(PYTHON)
-  TORCH :=
+  READY :=
   RUNTIME :=
   DEV :=
 else
   PY := $(VENV)/bin/python
-  TORCH := $(VENV)/.stamp-torch
+  # Python alone: what compares files needs no package.
+  READY := $(VENV)/.stamp-venv
   RUNTIME := $(VENV)/.stamp-runtime
   DEV := $(VENV)/.stamp-dev
 endif
@@ -88,10 +89,10 @@ lint: $(DEV) ## check style, format and types
 format: $(DEV) ## rewrite the files in the project's format
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
-check-stages: $(RUNTIME) ## check that the stages differ only where stages.toml says so
+check-stages: | $(READY) ## check that the stages differ only where stages.toml says so
 	$(RUN) -m m0_infra check-stages$(EXTRA)
 
-propagate: $(RUNTIME) ## carry a change of one file to the later stages (STAGE=m1 FILE=engine.py)
+propagate: | $(READY) ## carry a change of one file to the later stages (STAGE=m1 FILE=engine.py)
 	$(if $(and $(STAGE),$(FILE)),,$(error propagate needs the stage with the change and its file: make propagate STAGE=m1 FILE=engine.py))
 	$(RUN) -m m0_infra propagate --stage $(STAGE) --file $(FILE)$(EXTRA)
 
@@ -113,7 +114,7 @@ m0-test: $(DEV) ## run the tests of m0_infra
 compare-test: $(DEV) ## run the tests of compare
 	$(RUN) -m pytest$(EXTRA_PYTEST) compare
 
-# $(call stage_verbs,m2,m2_batching,m1_baseline): the verbs of one stage. The last argument is the stage before it.
+# $(call stage_verbs,m2,m2_batching): the verbs of one stage.
 define stage_verbs
 .PHONY: $(1) $(1)-chat $(1)-bench $(1)-test diff-$(1)
 
@@ -130,18 +131,11 @@ $(1)-bench: $$(RUNTIME) $$(MODEL_FILES)
 $(1)-test: $$(DEV)
 	$$(RUN) -m pytest$$(EXTRA_PYTEST) $(2)
 
-diff-$(1):
-	$$(if $(3),diff -ruN $$(DIFF_COLOUR) -x README.md -x pyproject.toml -x tests -x __pycache__ -x build -x '*.egg-info' \
-	    $(3) $(2) || test $$$$? -eq 1,@echo '$(2) is the first stage: there is nothing before it. Its README says how to read it.')
+diff-$(1): | $$(READY)
+	$$(RUN) -m m0_infra diff --stage $(1)$$(EXTRA)
 endef
 
-# GNU diff knows colours, other diffs may not.
-DIFF_COLOUR = $(shell diff --color=auto /dev/null /dev/null 2>/dev/null && echo --color=auto)
-
-# The stage before m3_paged is the one whose name begins with m2_.
-before = $(filter m$(word $(patsubst m%,%,$(1)),0 1 2 3 4 5 6)_%,$(STAGES))
-$(foreach stage,$(STAGES),$(eval $(call stage_verbs,$(firstword $(subst _, ,$(stage))),$(stage),$(call \
-    before,$(firstword $(subst _, ,$(stage)))))))
+$(foreach stage,$(STAGES),$(eval $(call stage_verbs,$(firstword $(subst _, ,$(stage))),$(stage))))
 
 # ------------------------------------------------------------------------------------------------ set-up
 # A stamp is written last: an interrupted step has none and runs again.

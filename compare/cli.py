@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .publish import gate_folder, print_charts, print_gate, print_tables
+from .publish import RESULTS_FOLDER, gate_folder, print_charts, print_gate, print_tables
 from .results import result_folders
 from .run import EXIT_REFUSED, run
 
@@ -64,7 +64,12 @@ def _parser() -> argparse.ArgumentParser:
             "only", nargs="*", metavar="DEVICE/WORKLOAD", help="default: all that are stored"
         )
     for command in commands.choices.values():
-        command.add_argument("--results", type=Path, default=Path("compare/results"))
+        command.add_argument(
+            "--results",
+            type=Path,
+            default=RESULTS_FOLDER,
+            help="where results lie; documents are only updated from the default",
+        )
         command.add_argument(
             "--root", type=Path, default=Path(), help="folder of stages and documents"
         )

@@ -18,6 +18,10 @@ SAME_COMPARISON = ("model.name", "model.dtype", "model.load_format", "seed")
 """Results that differ in one of these cannot stand in one table."""
 
 
+RESULTS_FOLDER = Path("compare/results")
+"""Under the project's root: results that documents quote."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Published:
     """Files that `store_runs` wrote."""
@@ -62,7 +66,13 @@ def gate_folder(folder: Path) -> GateReport:
 
 
 def write_tables(folders: Sequence[Path], root: Path) -> list[Path]:
-    """Put the tables of these folders into the documents under `root`; returns changed files."""
+    """Put the tables of these folders into the documents under `root`; returns changed files.
+
+    Only results under `<root>/compare/results` are the project's: those of a trial elsewhere
+    would put numbers into documents whose files are not checked in beside them.
+    """
+    own = (root / RESULTS_FOLDER).resolve()
+    folders = [folder for folder in folders if own in folder.resolve().parents]
     tables = {folder_key(folder): markdown_table(load_folder(folder)) for folder in folders}
     return update_documents(root, tables)
 

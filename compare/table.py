@@ -14,9 +14,8 @@ def footnotes(results: Sequence[Result]) -> list[str]:
     longest = max(results, key=lambda result: result["workload"]["num_requests"])
     notes = [setting_line(longest)]
     repeats = sorted({str(result.get("repeats", 1)) for result in results})
-    notes.append(
-        f"Medians of {' or '.join(repeats)} runs, each in a fresh process; warm-up not counted."
-    )
+    runs = "One run" if repeats == ["1"] else f"Medians of {' or '.join(repeats)} runs"
+    notes.append(f"{runs}, each in a fresh process; warm-up not counted.")
     for row in make_rows(results):
         workload = row.result["workload"]
         if row.ran_prefix:
@@ -33,7 +32,7 @@ def footnotes(results: Sequence[Result]) -> list[str]:
 def setting_line(result: Result) -> str:
     """Device, model, dtype and workload in one line."""
     workload, model = result["workload"], result["model"]
-    name = lookup(result, "environment.device_name") or result["device"]
+    name = lookup(result, "environment.device") or result["device"]
     cut = workload.get("num_requests_before_cut")
     cut_text = f", the first of {cut}" if cut else ""
     random = ", random weights" if model.get("load_format") == "dummy" else ""

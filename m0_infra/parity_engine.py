@@ -5,20 +5,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from folovllm.interfaces import Engine, SamplerOutput
+from folovllm.interfaces import Engine
 from folovllm.request import Request, SamplingParams
+from folovllm.testing.forced_sampler import ForcedTokens
 
 from .parity_reference import Reference
-
-
-@dataclass(frozen=True)
-class ForcedTokens:
-    """Tokens of one step that were decided beforehand; `SampledTokens` of a forced sampler."""
-
-    token_ids: list[int]
-
-    def to_host(self) -> SamplerOutput:
-        return SamplerOutput(self.token_ids, [None] * len(self.token_ids))
 
 
 @dataclass
@@ -39,12 +30,22 @@ class ForcedSampler:
         return [(request.request_id, request.num_output_tokens) for request in requests]
 
     def sample(self, logits: torch.Tensor, rows: list[tuple[str, int]]) -> ForcedTokens:
-        """logits: [num_rows, vocab_size]. Records one difference per row (NaN counts as inf)."""
-        expected = torch.stack([self.references[name].logits[index] for name, index in rows])
+        """logits: [num_rows, vocab_size]. Records one difference per row (NaN counts as inf).
+
+        A request that goes on after the reference's end gets the last token again and is not
+        compared: the free run tells that it does not stop.
+        """
+        known = [
+            (name, min(index, len(self.references[name].output_token_ids) - 1))
+            for name, index in rows
+        ]
+        expected = torch.stack([self.references[name].logits[index] for name, index in known])
         difference = (logits.float() - expected.to(logits.device)).abs().amax(dim=-1)
         values = difference.nan_to_num(nan=float("inf")).tolist()
-        self.max_differences.update(zip(rows, values, strict=True))
-        return ForcedTokens([self.references[name].output_token_ids[i] for name, i in rows])
+        for row, known_row, value in zip(rows, known, values, strict=True):
+            if row == known_row:
+                self.max_differences[row] = max(value, self.max_differences.get(row, 0.0))
+        return ForcedTokens([self.references[name].output_token_ids[i] for name, i in known])
 
 
 def make_requests(
@@ -64,11 +65,20 @@ def make_requests(
 
 
 def run_engine(engine: Engine, requests: Sequence[Request]) -> dict[str, list[int]]:
-    """Queue all requests, run the engine dry; return the output token ids by request id."""
+    """Queue all requests, run the engine dry; return the output token ids by request id.
+
+    RuntimeError if the engine has work and schedules none of it.
+    """
     outputs: dict[str, list[int]] = {request.request_id: [] for request in requests}
     for request in requests:
         engine.add_request(request)
     while engine.has_unfinished_requests():
-        for token in engine.step().tokens:
+        step = engine.step()
+        if step.stats.num_scheduled_tokens == 0:
+            raise RuntimeError(
+                f"the engine stalls: {step.stats.num_running} requests run and "
+                f"{step.stats.num_waiting} wait, but a step scheduled no token"
+            )
+        for token in step.tokens:
             outputs[token.request_id].append(token.token_id)
     return outputs

@@ -30,6 +30,7 @@ class LLMEngine:
                 f"max_model_len is {self.config.max_model_len}; shorten the prompt, lower "
                 f"max_tokens, or raise max_model_len"
             )
+        self.model_runner.sampler.validate(request)
         self.scheduler.add_request(request)
 
     def abort_request(self, request_id: str) -> None:

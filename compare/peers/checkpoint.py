@@ -1,6 +1,7 @@
 """A checkpoint directory for engines that only read checkpoints."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from folovllm.llm import DEFAULT_MODEL
@@ -47,6 +49,23 @@ def save_checkpoint(model: CausalLM, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = hf_config(model.config, str(model.dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def count_parameters(folder: Path, config: ModelConfig) -> int:
+    """Parameters of a checkpoint, counted from the headers of its files."""
+    num_parameters = 0
+    for name, shape in _tensor_shapes(folder):
+        is_tied_copy = name == "lm_head.weight" and config.tie_word_embeddings
+        if not is_tied_copy and not name.endswith("rotary_emb.inv_freq"):
+            num_parameters += math.prod(shape)
+    return num_parameters
+
+
+def _tensor_shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                yield name, tensors.get_slice(name).get_shape()
 
 
 def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:

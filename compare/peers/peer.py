@@ -51,6 +51,13 @@ class KVCacheSize(Protocol):
         """Bytes that the peer's keys and values take now."""
 
 
+@dataclass(frozen=True)
+class FixedKVCache:
+    """A cache that is allocated once, at the start."""
+
+    num_bytes: int
+
+
 class UntimedScheduler:
     """Stands where a stage has a scheduler; a peer's host work is not taken apart."""
 
@@ -137,7 +144,7 @@ def main(
         print(f"{stage} is not usable here: {error}", file=sys.stderr)
         return EXIT_NOT_INSTALLED
     except (ValueError, OSError) as error:
-        print(f"{stage}: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
     if options.output is not None:
         write_json(options.output, result)

@@ -24,7 +24,7 @@ def make_run(
     num_output = output_len * num_requests
     step_s = batch / rate
     steps: dict[str, list[float]] = {name: [] for name in STEP_COLUMNS}
-    requests = []
+    requests: list[dict[str, Any]] = []
     now = 0.0
     for first in range(0, num_requests, batch):
         group = range(first, min(first + batch, num_requests))
@@ -80,7 +80,7 @@ def make_run(
                  "top2_gaps": [[1.0, 2.0, 0.1, 3.0], [0.8, 1.5, 0.9, 2.0]]},
         "environment": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0",
                         "triton": "3.9.0", "commit": "0123456789abcdef", "dirty": True,
-                        "device_name": "NVIDIA H200" if on_cuda else "some CPU, 2 cores"},
+                        "device": "NVIDIA H200" if on_cuda else "some CPU, 2 cores"},
     }  # fmt: skip
 
 

@@ -4,13 +4,13 @@ import hashlib
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from m0_infra.fetch import ModelSource
 
@@ -55,13 +55,16 @@ def tiny_model(tokens) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_((torch.randn_like(weight) * 0.1).bfloat16())
+        for name, weight in model.named_parameters():
+            # Large embeddings, so that greedy tokens depend on the context and do not repeat.
+            scale = 1.0 if "embed" in name else 0.3
+            weight.copy_((torch.randn_like(weight) * scale).bfloat16())
     return model
 
 
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory, tiny_model, tokens) -> Path:
+    gguf = pytest.importorskip("gguf")
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     write_metadata(writer, tokens)
@@ -75,7 +78,33 @@ def tiny_gguf(tmp_path_factory, tiny_model, tokens) -> Path:
     return path
 
 
-def write_metadata(writer: gguf.GGUFWriter, tokens: list[str], rule: str = "smollm") -> None:
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory, tiny_gguf) -> Path:
+    """The tiny model as a published checkpoint folder."""
+    from m0_infra.convert import convert_gguf
+
+    directory = tmp_path_factory.mktemp("converted")
+    convert_gguf(tiny_gguf, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, tiny_model, tokens) -> Path:
+    """The tiny model as Transformers saves it, for machines that have no gguf."""
+    directory = tmp_path_factory.mktemp("model")
+    tiny_model.save_pretrained(directory)
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    merges = [(left, right) for left, right in map(str.split, MERGES)]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=CONTROL[1], eos_token=CONTROL[2]
+    ).save_pretrained(directory)
+    return directory
+
+
+def write_metadata(writer: Any, tokens: list[str], rule: str = "smollm") -> None:
     writer.add_block_count(2)
     writer.add_context_length(128)
     writer.add_embedding_length(64)

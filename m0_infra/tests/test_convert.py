@@ -1,20 +1,14 @@
 """A converted GGUF file is the model and the tokenizer that went into it."""
 
-import gguf
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from m0_infra.convert import convert_gguf
+gguf = pytest.importorskip("gguf")
+
+from m0_infra.convert import convert_gguf  # noqa: E402 (needs gguf)
 from m0_infra.tests.conftest import write_metadata
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory, tiny_gguf):
-    directory = tmp_path_factory.mktemp("converted")
-    convert_gguf(tiny_gguf, directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

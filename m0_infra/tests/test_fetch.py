@@ -6,7 +6,8 @@ import subprocess
 import pytest
 from transformers import AutoModelForCausalLM
 
-import m0_infra.convert
+pytest.importorskip("gguf")
+
 from m0_infra.fetch import EMBEDDED_MODEL, FetchError, fetch, is_complete
 
 
@@ -92,7 +93,7 @@ def test_interrupted_run_leaves_no_model_and_the_next_needs_no_download(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(m0_infra.convert, "save_file", interrupt)
+        patch.setattr("m0_infra.convert.save_file", interrupt)
         with pytest.raises((KeyboardInterrupt, FetchError)):
             fetch(models, None, source)
     assert not (models / "Tiny").exists()

@@ -153,7 +153,7 @@ class LLM:
                     unfinished.difference_update(finished)
                     progress.update(finished)
         finally:
-            self._abort(unfinished)
+            self._abort(states)
         return [state.output() for state in states]
 
     def _stream(self, state: PromptState) -> Generator[RequestOutput, None, None]:

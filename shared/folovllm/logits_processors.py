@@ -16,7 +16,7 @@ import torch
 from .request import Request
 
 _MAX_TOP_K_CANDIDATES = 1024
-"""Up to this k, selecting the k largest is cheaper than sorting the whole row."""
+"""Up to this k the k largest are selected; beyond it the whole row is sorted. Not tuned."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,9 @@ class OutputPenalties:
         presence = np.array([p.presence_penalty for p in params], dtype=np.float32)
         frequency = np.array([p.frequency_penalty for p in params], dtype=np.float32)
         asking = np.flatnonzero((presence != 0) | (frequency != 0))
-        rows, token_ids = _entries(asking, [requests[row].output_token_ids for row in asking.tolist()])
+        rows, token_ids = _entries(
+            asking, [requests[row].output_token_ids for row in asking.tolist()]
+        )
         return [rows, token_ids, presence[rows], frequency[rows]] if len(rows) else []
 
     def apply_(self, logits: torch.Tensor) -> None:

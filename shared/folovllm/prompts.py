@@ -25,8 +25,8 @@ _FORMS = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": id
 
 def split_prompts(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:
     """One prompt or several, as a list; a flat list of whole numbers is one prompt."""
-    if isinstance(prompts, str | Mapping | Prompt) or (prompts and _is_token_ids(prompts)):
-        return [prompts]  # type: ignore[list-item]
+    if isinstance(prompts, str | Mapping | Prompt) or (_is_token_ids(prompts) and prompts):
+        return [prompts]
     if not isinstance(prompts, Sequence):
         raise ValueError(f"a prompt is {_FORMS}, got {type(prompts).__name__}: {prompts!r}")
     return list(prompts)  # type: ignore[arg-type]

@@ -18,22 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .interfaces import TokenLogprobs
+from .interfaces import SamplerOutput, TokenLogprobs
 from .kernels.random import select_choose_tokens
 from .logprobs import Logprobs
 from .request import Request
 from .sampling_tensors import SamplingTensors
 
 _SEED_LIMIT = 1 << 64
-
-
-@dataclass(frozen=True)
-class SamplerOutput:
-    """The choices of one step on the host, rows in the order of the requests."""
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None]
-    """None for rows that did not ask."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer, save_metaspace_tokenizer
 from folovllm.tokenizer import Tokenizer
 

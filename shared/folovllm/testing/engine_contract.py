@@ -135,6 +135,15 @@ class EngineContract:
         drain(engine, [])
         assert good.num_output_tokens == 42
 
+    def test_setting_that_the_vocabulary_cannot_serve_is_refused(self, toy_model: CausalLM) -> None:
+        engine = self.make_engine(toy_model)
+        good, bad = make_requests([[1], [2]], [_greedy(3), _greedy(3, logit_bias={199: 1.0})])
+        engine.add_request(good)
+        with pytest.raises(ValueError, match="logit_bias names token 199"):
+            engine.add_request(bad)
+        drain(engine, [])
+        assert good.finish_reason is not None
+
     def test_max_model_len_beyond_the_model_is_refused(self, toy_model: CausalLM) -> None:
         with pytest.raises(ValueError, match="at most 512 tokens"):
             self.make_engine(toy_model, max_model_len=513, **self.options_for_long_context())

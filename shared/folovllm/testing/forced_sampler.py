@@ -31,6 +31,10 @@ class ForcedSampler:
         """Request id -> the tokens to return, in order."""
         self.recorded: dict[str, list[torch.Tensor]] = {name: [] for name in token_ids}
 
+    def validate(self, request: Request) -> None:
+        if request.request_id not in self.token_ids:
+            raise ValueError(f"there are no tokens to force on request {request.request_id}")
+
     def prepare(self, requests: Sequence[Request]) -> Sequence[Request]:
         return requests
 

@@ -20,7 +20,7 @@ class ScriptedPolicy(Enum):
 class ScriptedConfig:
     """Options of the scripted engine."""
 
-    max_model_len: int = 256
+    max_model_len: int = 300
     """Longest prompt plus output, in tokens."""
     max_num_seqs: int = 2
     """Most requests running at once."""

@@ -1,4 +1,4 @@
-"""Small real tokenizers of the two common kinds, trained on the spot, for tests without downloads."""
+"""Small real tokenizers of the two common kinds, trained on the spot; nothing is downloaded."""
 
 from pathlib import Path
 

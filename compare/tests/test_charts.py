@@ -1,0 +1,65 @@
+import re
+
+import pytest
+
+from compare.charts import draw_all
+from compare.charts.bars import memory_parts
+from compare.charts.style import PEER_COLOURS, STAGE_COLOURS, needs_log
+from compare.report import write_report
+from compare.tests.synthetic import make_run
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("factor", [3, 50])
+def test_every_chart_is_drawn_and_the_report_needs_nothing_else(tmp_path, factor):
+    cut = {"num_requests": 2, "num_requests_before_cut": 8} if factor == 50 else {}
+    results = [
+        make_run(rate=20.0, **cut),
+        make_run("m2_batching", rate=20.0 * factor, batch=4),
+        make_run("hf", rate=15.0),
+    ]
+    charts = draw_all(results, tmp_path / "charts")
+    assert {chart.stem for chart in charts} == {
+        "throughput", "latency", "memory", "latency-cdf", "timeline",
+    }  # fmt: skip
+    for chart in charts:
+        assert chart.read_bytes().startswith(PNG_SIGNATURE) and chart.stat().st_size > 10_000
+    page = write_report(results, charts, tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(charts)
+    assert "http:" not in page and "https:" not in page
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert "m2_batching" in page and "2.13.0" in page
+
+
+def test_results_with_missing_numbers_are_drawn_all_the_same(tmp_path):
+    run = make_run()
+    empty = dict.fromkeys(("p50", "p90", "p99", "mean"))
+    run |= {"tpot_s": empty, "ttft_s": empty, "peak_memory_bytes": None, "steps": {}}
+    assert "timeline" not in {chart.stem for chart in draw_all([run], tmp_path)}
+
+
+def test_no_results_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no results"):
+        draw_all([], tmp_path)
+
+
+def test_text_from_results_is_escaped_in_the_report(tmp_path):
+    run = make_run()
+    run["environment"]["cpu"] = "<script>alert(1)</script>"
+    page = write_report([run], [], tmp_path / "report.html").read_text()
+    assert "<script>" not in page
+
+
+def test_memory_parts_add_up_to_the_peak():
+    for run in (make_run(), make_run(on_cuda=True)):
+        assert sum(memory_parts(run).values()) == pytest.approx(run["peak_memory_bytes"]["total"])
+
+
+def test_every_stage_and_peer_has_a_colour_of_its_own():
+    colours = [*STAGE_COLOURS.values(), *PEER_COLOURS.values()]
+    assert len(set(colours)) == len(colours) == 10
+
+
+def test_scale_is_logarithmic_only_where_a_bar_would_vanish():
+    assert needs_log([1.0, 50.0]) and not needs_log([1.0, 3.0]) and not needs_log([0.0, 3.0])
