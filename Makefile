@@ -103,7 +103,7 @@ charts: $(RUNTIME) ## draw table, charts and report again from the stored result
 	$(RUN) -m compare charts$(EXTRA)
 
 microbench: $(DEV) ## time the host-side pieces: scheduler step, sampling, input preparation, detokenisation
-	$(RUN) -m pytest --benchmark-only$(EXTRA_PYTEST)
+	$(RUN) -m pytest --benchmark-only$(EXTRA_PYTEST) compare/microbench
 
 shared-test: $(DEV) ## run the tests of the package folovllm
 	$(RUN) -m pytest$(EXTRA_PYTEST) shared

@@ -122,10 +122,11 @@ def memory(results: Sequence[Result]) -> Figure:
     _annotate(axes, ends, [fmt.num_bytes(end * unit) if end else "–" for end in ends])
     style.number_ticks(axes.xaxis)
     style.plain_axes(axes, f"{what}, {unit_name}")
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=5, frameon=False, fontsize=8.5,
-        handlelength=1.0, columnspacing=1.2, borderaxespad=0.2,
-    )  # fmt: skip
+    if any(ends):
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=5, frameon=False, fontsize=8.5,
+            handlelength=1.0, columnspacing=1.2, borderaxespad=0.2,
+        )  # fmt: skip
     return figure
 
 

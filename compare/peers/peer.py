@@ -167,7 +167,7 @@ def _bench(
         workload,
         stage=stage,
         seed=options.seed,
-        gate_requests=0 if gate_not_comparable else options.gate_requests,
+        gate_requests=options.gate_requests,
         gate_tokens=options.gate_tokens,
         warmup_tokens=options.warmup_tokens,
         model_name=Path(options.model or EMBEDDED_MODEL_NAME).name,
@@ -176,7 +176,7 @@ def _bench(
     for name in ("host_time_s", "host_time_at_max_running_s"):
         result[name] = dict.fromkeys(result[name])  # was not measured: None, not 0
     if gate_not_comparable:
-        result["gate"]["not_comparable"] = gate_not_comparable
+        result["gate"] = {"tokens": [], "top2_gaps": [], "not_comparable": gate_not_comparable}
     return result
 
 

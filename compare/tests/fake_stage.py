@@ -19,7 +19,7 @@ with open(options["--output"], "w") as file:
 def make_stage(
     root: Path, name: str, result_text: str, *, options: str = "", body: str = ""
 ) -> None:
-    """A stage folder `name`; `options` are lines of its EngineConfig, `body` runs before it writes."""
+    """A stage folder; `options` is a line of its EngineConfig, `body` runs before it writes."""
     folder = root / name
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("")

@@ -63,7 +63,7 @@ def greedy(folder, prompt, num_tokens):
 
 def test_hf_runs_one_request_after_the_other_to_the_full_length(toy):
     prompts = {"a": (3, 4, 5), "b": (9, 8, 7, 6)}
-    outputs = {name: [] for name in prompts}
+    outputs: dict[str, list[int]] = {name: [] for name in prompts}
     scheduled, waiting = [], []
     with start(toy) as llm:
         for name, prompt in prompts.items():

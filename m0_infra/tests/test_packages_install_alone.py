@@ -21,9 +21,11 @@ PACKAGES = {
     "folovllm": ROOT / "shared" / "folovllm",
     **{name: ROOT / name for name in ["m0_infra", *STAGES, "compare"]},
 }
-NOT_SOURCES = ("tests", "results", "build", "__pycache__", "*.egg-info")
+NOT_SOURCES = ("tests", "microbench", "results", "build", "__pycache__", "*.egg-info")
 # Modules that come with a dependency.
-BROUGHT_BY = {"huggingface_hub": "transformers", "tokenizers": "transformers"}
+BROUGHT_BY = {"huggingface_hub": "transformers", "tokenizers": "transformers", "jinja2": "torch"}
+# Never asked for, used where somebody installed them: other engines, the driver's counters.
+WHERE_INSTALLED = {"vllm", "nanovllm", "pynvml"}
 
 
 def project_folder(package: str) -> Path:
@@ -129,7 +131,8 @@ def third_party_imports(path: Path) -> set[str]:
             modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             modules.append(node.module)
-    names = {module.split(".")[0] for module in modules} - sys.stdlib_module_names
+    names = {module.split(".")[0] for module in modules}
+    names -= sys.stdlib_module_names | WHERE_INSTALLED
     return {BROUGHT_BY.get(name, name) for name in names}
 
 

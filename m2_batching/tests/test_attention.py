@@ -39,6 +39,7 @@ def schedule(runner: ModelRunner, shares: list[tuple[int, int, int]]) -> Schedul
         [(0, 0, 5), (1, 0, 3)],
         [(2, 7, 1), (0, 0, 1), (1, 39, 1)],
         [(5, 4, 1), (1, 9, 1)],
+        [(7, 0, 20), (2, 5, 1)],
         [(7, 0, 6), (0, 3, 2)],
         [(0, 0, 40), (3, 0, 1), (1, 0, 17)],
     ],
@@ -92,9 +93,10 @@ def test_prepared_inputs_of_two_requests(toy_model) -> None:
         ([0, 1, 2], 100, slice(0, 3)),
         ([2, 0, 1], 1, slice(0, 3)),
         ([3], 50, slice(3, 4)),
-        ([0, 5], 1, None),
-        ([0, 2], 1, slice(0, 3)),
-        ([0, 2], 3, None),
+        ([0, 17], 1, slice(0, 18)),
+        ([0, 18], 1, None),
+        ([0, 2], 16, slice(0, 3)),
+        ([0, 2], 17, None),
     ],
 )
 def test_slots_are_viewed_while_that_computes_little_in_vain(slots, max_query_len, expected) -> None:

@@ -118,8 +118,7 @@ class IncrementalDetokenizer:
         """The bytes (at most 3) of a character that the prompt begins and does not finish."""
         tail = b""
         for token_id in reversed(prompt_token_ids):
-            if token_id not in self._skipped_ids:
-                tail = self._tokenizer.token_bytes(token_id) + tail
+            tail = self._tokenizer.token_bytes(token_id) + tail
             if len(tail) >= 3:
                 break
         decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -146,6 +146,12 @@ def test_character_that_the_output_does_not_go_on_with_stays_with_the_prompt(byt
         assert "".join(deltas) == text
 
 
+def test_special_token_ends_the_character_that_the_prompt_began(byte_level):
+    ids = in_characters(byte_level, "世")
+    deltas, _ = run(byte_level, ids[-1:], prompt_token_ids=[*ids[:-1], *byte_level.eos_token_ids])
+    assert deltas == ["\ufffd", ""]
+
+
 def test_unfinished_character_of_a_metaspace_prompt_does_not_leak_it(tokenizers):
     tokenizer = tokenizers["metaspace"]
     ids = tokenizer.encode("secret 🦊")

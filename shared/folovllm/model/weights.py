@@ -20,7 +20,7 @@ def load_safetensors(model: CausalLM, directory: Path) -> None:
     names that are missing or unexpected and the shapes that do not fit; the model must then not
     be used.
     """
-    targets = _targets(model)
+    targets = published_tensors(model)
     missing, unexpected, misshapen = set(targets), [], []
     for name, tensor in iter_safetensors(directory):
         target = targets.get(name)
@@ -87,8 +87,8 @@ def _safetensors_files(directory: Path) -> list[Path]:
     )
 
 
-def _targets(model: CausalLM) -> dict[str, torch.Tensor]:
-    """Published tensor name -> the view of our parameter that it fills."""
+def published_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
+    """Name in a published checkpoint -> the view of our parameter that it fills."""
     config = model.config
     q_rows = config.num_heads * config.head_dim
     kv_rows = config.num_kv_heads * config.head_dim

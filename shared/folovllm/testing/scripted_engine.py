@@ -52,6 +52,7 @@ class ScriptedEngine:
         self.config = config
         self.added: list[Request] = []
         self.aborted: list[str] = []
+        """Every id that was asked to be aborted, known or not."""
         self.num_steps = 0
         self.before_step: Callable[[int], None] = lambda num_steps: None
         """Called with the number of steps so far; a test lets it raise."""
@@ -68,8 +69,8 @@ class ScriptedEngine:
         self._requests[request.request_id] = request
 
     def abort_request(self, request_id: str) -> None:
-        if self._requests.pop(request_id, None) is not None:
-            self.aborted.append(request_id)
+        self.aborted.append(request_id)
+        self._requests.pop(request_id, None)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)
