@@ -100,7 +100,7 @@ def publish_outcomes(
     runs: dict[str, list[Result]] = {}
     for outcome in outcomes:
         if isinstance(outcome, FinishedRun):
-            runs.setdefault(outcome.stage, []).append(outcome.result)
+            runs.setdefault(outcome.stage, []).append(_with_commit(outcome.result, options.commit))
     gate = check_gate(runs)
     print_gate(gate)
     if not gate.passed:
@@ -117,3 +117,11 @@ def publish_outcomes(
     for outcome in failed:
         print(f"FAILED: {outcome.stage}, repeat {outcome.repeat + 1}: {outcome.reason}")
     return EXIT_INCOMPLETE if failed else 0
+
+
+def _with_commit(result: Result, commit: str | None) -> Result:
+    """Add the commit that the user states, unless the run found a git checkout itself."""
+    environment = result["environment"]
+    if commit is None or environment.get("commit") is not None:
+        return result
+    return {**result, "environment": {**environment, "commit": commit}}

@@ -1,9 +1,8 @@
 """Compares a stage with Transformers: greedy tokens, and logits along Transformers' own tokens."""
 
 import importlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +19,7 @@ from .parity_reference import (
     load_reference_model,
     read_prompts,
 )
+from .parity_report import ParityReport, PromptParity
 
 TOLERANCES: Mapping[str, float] = MappingProxyType(
     {"float32": 1e-3, "float16": 0.1, "bfloat16": 1.0}
@@ -46,61 +46,6 @@ class ParityOptions:
     max_tokens: int = 32
     tolerance: float | None = None
     """None takes the dtype's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptParity:
-    """How one prompt went."""
-
-    num_prompt_tokens: int
-    num_reference_tokens: int
-    num_compared_tokens: int
-    """Less than the reference's where the paths parted at a near tie, which rounding may decide."""
-    mismatch: str | None
-    """Where and how the tokens differ although they must not; None if they agree."""
-    max_logit_difference: float
-    """Over all steps and the whole vocabulary, along the reference's tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParityReport:
-    """The outcome over all prompts."""
-
-    stage: str
-    model: str
-    dtype: str
-    device: str
-    tolerance: float
-    prompts: tuple[PromptParity, ...]
-
-    @property
-    def passed(self) -> bool:
-        return all(
-            prompt.mismatch is None and prompt.max_logit_difference <= self.tolerance
-            for prompt in self.prompts
-        )
-
-    def to_json(self) -> str:
-        return json.dumps({"passed": self.passed, **asdict(self)}, indent=2) + "\n"
-
-    def __str__(self) -> str:
-        lines = [f"{'prompt':>6}{'in':>6}{'out':>6}{'compared':>10}{'max |dlogit|':>14}  tokens"]
-        for index, prompt in enumerate(self.prompts):
-            excess = "" if prompt.max_logit_difference <= self.tolerance else "  LOGITS DIFFER"
-            lines.append(
-                f"{index:>6}{prompt.num_prompt_tokens:>6}{prompt.num_reference_tokens:>6}"
-                f"{prompt.num_compared_tokens:>10}{prompt.max_logit_difference:>14.2e}"
-                f"  {prompt.mismatch or 'equal'}{excess}"
-            )
-        num_compared = sum(prompt.num_compared_tokens for prompt in self.prompts)
-        num_tokens = sum(prompt.num_reference_tokens for prompt in self.prompts)
-        worst = max(prompt.max_logit_difference for prompt in self.prompts)
-        lines.append(
-            f"{'PASSED' if self.passed else 'FAILED'}: {self.stage} against Transformers, "
-            f"{self.dtype} on {self.device}: {len(self.prompts)} prompts, {num_compared} of "
-            f"{num_tokens} tokens compared, max |dlogit| {worst:.2e} (tolerance {self.tolerance})"
-        )
-        return "\n".join(lines)
 
 
 def run_parity(options: ParityOptions) -> ParityReport:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from folovllm.llm import DEFAULT_MODEL
 from folovllm.model import CausalLM, ModelConfig, load_model, resolve_model_directory
-from folovllm.model.weights import published_tensors as published_tensors
+from folovllm.model.weights import published_tensors
 
 
 @contextmanager

@@ -210,3 +210,17 @@ def test_profile_follows_the_device():
 def test_stage_names_in_words():
     assert stage_label("m2_batching") == "M2 batching"
     assert stage_label("hf") == "Transformers"
+
+
+def test_commit_is_stated_where_the_runs_found_no_checkout(root):
+    first, second = make_run(), make_run("m2_batching", rate=60.0, batch=4)
+    first["environment"]["commit"] = None
+    second["environment"]["commit"] = "0123abc"
+    make_stage(root, "m1_baseline", json.dumps(first))
+    make_stage(root, "m2_batching", json.dumps(second), options="max_num_seqs: int = 4")
+    assert main([*RUN, "--repeats", "1", "--commit", "fed9876"]) == 0
+    commits = [
+        lookup(read_json(root / FOLDER / f"{stage}.json"), "environment.commit")
+        for stage in ("m1_baseline", "m2_batching")
+    ]
+    assert commits == ["fed9876", "0123abc"]

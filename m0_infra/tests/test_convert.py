@@ -5,10 +5,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from m0_infra.tests.conftest import write_metadata
+
 gguf = pytest.importorskip("gguf")
 
-from m0_infra.convert import convert_gguf  # noqa: E402 (needs gguf)
-from m0_infra.tests.conftest import write_metadata
+convert_gguf = pytest.importorskip("m0_infra.convert").convert_gguf
 
 
 @pytest.fixture(scope="module")
