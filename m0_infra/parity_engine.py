@@ -25,6 +25,9 @@ class ForcedSampler:
     max_differences: dict[tuple[str, int], float] = field(default_factory=dict)
     """By request id and output position: the largest absolute difference of any logit."""
 
+    def validate(self, request: Request) -> None:
+        """Refuse nothing: the stage's own sampler saw the same requests in the free run."""
+
     def prepare(self, requests: Sequence[Request]) -> list[tuple[str, int]]:
         """Which output position of which request each row is for."""
         return [(request.request_id, request.num_output_tokens) for request in requests]

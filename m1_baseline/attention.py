@@ -10,6 +10,7 @@ class Attention:
 
     def __init__(self, kv_cache: KVCache) -> None:
         self.kv_cache = kv_cache
+        self.zero = kv_cache.empty.new_zeros(1, 1, 1)
 
     def forward(
         self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -26,8 +27,11 @@ class Attention:
         num_kv_heads, seq_len, _ = keys.shape
         grouped = q.view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
         # [num_kv_heads, group_size * num_tokens, head_dim], then the same with seq_len.
-        queries = grouped.reshape(num_kv_heads, -1, head_dim) * head_dim**-0.5
-        scores = torch.bmm(queries, keys.transpose(1, 2))
+        queries = grouped.reshape(num_kv_heads, -1, head_dim)
+        # 0 * zero + scale * (q k^T): the scaling comes with the product, not as another kernel.
+        scores = torch.baddbmm(
+            self.zero, queries, keys.transpose(1, 2), beta=0, alpha=head_dim**-0.5
+        )
         if num_tokens > 1:
             # A single token is the last one and sees everything: nothing to mask.
             future = torch.ones(num_tokens, seq_len, dtype=torch.bool, device=q.device)

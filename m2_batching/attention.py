@@ -42,6 +42,7 @@ class Attention:
     def __init__(self, kv_cache: KVCache, kernels: Kernels) -> None:
         self.kv_cache = kv_cache
         self.kernels = kernels
+        self.zero = kv_cache.keys.new_zeros(1, 1, 1)
 
     def forward(
         self,
@@ -61,24 +62,27 @@ class Attention:
         num_tokens, num_heads, head_dim = q.shape
         num_kv_heads = keys.shape[1]
         num_rows, _, max_query_len, padded_seq_len = metadata.is_hidden.shape
-        # [num_rows, num_kv_heads, padded_seq_len, head_dim]; a slice of slots is a view.
-        keys = keys[:, :, :padded_seq_len][metadata.rows]
-        values = values[:, :, :padded_seq_len][metadata.rows]
-        padded = (q * head_dim**-0.5).index_select(0, metadata.padded_to_packed)
+        # [num_rows * num_kv_heads, padded_seq_len, head_dim]; of a slice of slots, a view.
+        keys = keys[:, :, :padded_seq_len][metadata.rows].flatten(0, 1)
+        values = values[:, :, :padded_seq_len][metadata.rows].flatten(0, 1)
         queries = (
-            padded.view(num_rows, max_query_len, num_kv_heads, -1, head_dim)
+            q.index_select(0, metadata.padded_to_packed)
+            .view(num_rows, max_query_len, num_kv_heads, -1, head_dim)
             .permute(0, 2, 3, 1, 4)
-            .reshape(num_rows, num_kv_heads, -1, head_dim)
+            .reshape(num_rows * num_kv_heads, -1, head_dim)
         )
-        scores = torch.matmul(queries, keys.transpose(2, 3))
+        # 0 * zero + scale * (q k^T): the scaling comes with the product, not as another kernel.
+        scores = torch.baddbmm(
+            self.zero, queries, keys.transpose(1, 2), beta=0, alpha=head_dim**-0.5
+        )
         scores.view(num_rows, num_heads, max_query_len, padded_seq_len).masked_fill_(
             metadata.is_hidden, float("-inf")
         )
         # One kernel that accumulates in float32 whatever the dtype of its input and output.
         probabilities = torch.softmax(scores, dim=-1)
-        attended = torch.matmul(probabilities, values)
         attended = (
-            attended.view(num_rows, num_heads, max_query_len, head_dim)
+            torch.bmm(probabilities, values)
+            .view(num_rows, num_heads, max_query_len, head_dim)
             .transpose(1, 2)
             .reshape(-1, num_heads, head_dim)
         )

@@ -77,6 +77,9 @@ def test_exceeded_tolerance_fails(model_dir, prompts_file, capsys):
 class SecondBest:
     """A sampler with a mistake: it takes the second likeliest token."""
 
+    def validate(self, request):
+        return None
+
     def prepare(self, requests):
         return None
 

@@ -3,11 +3,15 @@
 Tokens of all requests are packed end to end: linear layers, norms and the MLP work on
 [num_tokens, hidden_size] and know nothing of requests. Attention is the one hole in the model:
 it calls `attend(layer_idx, q, k, v)`, which the stage binds to its KV cache.
+
+The parts are plain classes, not nn.Modules: there is nothing to train, and the look-ups and hooks
+of several hundred modules and parameters are host time in every eager step.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from folovllm.interfaces import AttendFn
 from folovllm.kernels import Kernels
@@ -16,19 +20,18 @@ from .config import ModelConfig
 from .rope import RotaryTable
 
 
-class Linear(nn.Module):
+class Linear:
     """y = x W^T + b; weight: [out_features, in_features]. Starts uninitialised."""
 
     def __init__(self, in_features: int, out_features: int, has_bias: bool, like: torch.Tensor):
-        super().__init__()
-        self.weight = _parameter((out_features, in_features), like)
-        self.bias = _parameter((out_features,), like) if has_bias else None
+        self.weight = like.new_empty(out_features, in_features)
+        self.bias = like.new_empty(out_features) if has_bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
-class Attention(nn.Module):
+class Attention:
     """Projections, QK-norm and RoPE around the stage's attention.
 
     The three input projections are one matrix (q heads, then k, then v): one launch that reads
@@ -36,7 +39,6 @@ class Attention(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, layer_idx: int, kernels: Kernels, like: torch.Tensor):
-        super().__init__()
         self.config, self.layer_idx, self.kernels = config, layer_idx, kernels
         num_all_heads = config.num_heads + 2 * config.num_kv_heads
         self.qkv_proj = Linear(
@@ -45,10 +47,10 @@ class Attention(nn.Module):
         self.o_proj = Linear(
             config.num_heads * config.head_dim, config.hidden_size, config.o_bias, like
         )
-        self.q_norm = _parameter((config.head_dim,), like) if config.qk_norm else None
-        self.k_norm = _parameter((config.head_dim,), like) if config.qk_norm else None
+        self.q_norm = like.new_empty(config.head_dim) if config.qk_norm else None
+        self.k_norm = like.new_empty(config.head_dim) if config.qk_norm else None
 
-    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, attend: AttendFn) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, cos_sin: torch.Tensor, attend: AttendFn) -> torch.Tensor:
         """x, result: [num_tokens, hidden_size]; cos_sin: [num_tokens, head_dim]."""
         config = self.config
         qkv = self.qkv_proj(x)
@@ -67,33 +69,31 @@ class Attention(nn.Module):
         return self.o_proj(attended.reshape(x.shape[0], -1))
 
 
-class MLP(nn.Module):
+class MLP:
     """down(silu(gate(x)) * up(x)), gate and up as one matrix."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels, like: torch.Tensor):
-        super().__init__()
         self.kernels = kernels
         size = config.intermediate_size
         self.gate_up_proj = Linear(config.hidden_size, 2 * size, config.mlp_bias, like)
         self.down_proj = Linear(size, config.hidden_size, config.mlp_bias, like)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x, result: [num_tokens, hidden_size]."""
         return self.down_proj(self.kernels.silu_mul(self.gate_up_proj(x)))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer:
     """Attention and MLP, each behind an RMSNorm, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer_idx: int, kernels: Kernels, like: torch.Tensor):
-        super().__init__()
         self.kernels, self.eps = kernels, config.rms_norm_eps
-        self.input_layernorm = _parameter((config.hidden_size,), like)
+        self.input_layernorm = like.new_empty(config.hidden_size)
         self.self_attn = Attention(config, layer_idx, kernels, like)
-        self.post_attention_layernorm = _parameter((config.hidden_size,), like)
+        self.post_attention_layernorm = like.new_empty(config.hidden_size)
         self.mlp = MLP(config, kernels, like)
 
-    def forward(
+    def __call__(
         self, x: torch.Tensor, residual: torch.Tensor, cos_sin: torch.Tensor, attend: AttendFn
     ) -> torch.Tensor:
         """Return this layer's last contribution; the next norm adds it to the residual.
@@ -106,7 +106,7 @@ class DecoderLayer(nn.Module):
         return self.mlp(normed)
 
 
-class CausalLM(nn.Module):
+class CausalLM:
     """Token ids in, hidden states and logits out. Parameters start uninitialised.
 
     Built in `dtype` on `device`; `kernels` must be able to run there.
@@ -115,24 +115,23 @@ class CausalLM(nn.Module):
     def __init__(
         self, config: ModelConfig, kernels: Kernels, dtype: torch.dtype, device: torch.device
     ) -> None:
-        super().__init__()
         like = torch.empty(0, dtype=dtype, device=device)
         self.config, self.kernels, self.dtype, self.device = config, kernels, dtype, device
-        self.embed_tokens = _parameter((config.vocab_size, config.hidden_size), like)
-        self.layers = nn.ModuleList(
+        self.embed_tokens = like.new_empty(config.vocab_size, config.hidden_size)
+        self.layers = [
             DecoderLayer(config, layer_idx, kernels, like) for layer_idx in range(config.num_layers)
-        )
-        self.norm = _parameter((config.hidden_size,), like)
+        ]
+        self.norm = like.new_empty(config.hidden_size)
         self.lm_head = (
             self.embed_tokens
             if config.tie_word_embeddings
-            else _parameter((config.vocab_size, config.hidden_size), like)
+            else like.new_empty(config.vocab_size, config.hidden_size)
         )
         self.rope = RotaryTable(
             config.rope, config.head_dim, config.max_position_embeddings, device
         )
 
-    def forward(
+    def __call__(
         self, input_ids: torch.Tensor, positions: torch.Tensor, attend: AttendFn
     ) -> torch.Tensor:
         """input_ids, positions: [num_tokens] int64; result: [num_tokens, hidden_size], normed."""
@@ -148,15 +147,28 @@ class CausalLM(nn.Module):
         """hidden: [num_rows, hidden_size]; result: [num_rows, vocab_size] in the model's dtype."""
         return F.linear(hidden, self.lm_head)
 
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(dotted name, tensor) of every weight, in order; tied embeddings come once."""
+        seen = set()
+        for name, tensor in _named_tensors(self, ""):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, tensor
+
     @property
     def num_parameters(self) -> int:
-        """Tied embeddings count once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(tensor.numel() for _, tensor in self.named_parameters())
 
     @property
     def num_parameter_bytes(self) -> int:
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+        return sum(tensor.nbytes for _, tensor in self.named_parameters())
 
 
-def _parameter(shape: tuple[int, ...], like: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(like.new_empty(shape), requires_grad=False)
+def _named_tensors(part: object, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that a part of the model and its parts hold, by attribute and index."""
+    members = enumerate(part) if isinstance(part, list) else vars(part).items()
+    for name, member in members:
+        if isinstance(member, torch.Tensor):
+            yield f"{prefix}{name}", member
+        elif isinstance(member, list | Linear | Attention | MLP | DecoderLayer):
+            yield from _named_tensors(member, f"{prefix}{name}.")

@@ -102,11 +102,11 @@ def published_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
         suffix = "" if name.endswith((".weight", ".bias")) else ".weight"
         merged = next((merged for merged in splits if f".{merged}." in name), None)
         if merged is None:
-            targets[prefix + name + suffix] = parameter.data
+            targets[prefix + name + suffix] = parameter
             continue
         start = 0
         for part, num_rows in splits[merged]:
-            view = parameter.data[start : start + num_rows]
+            view = parameter[start : start + num_rows]
             targets[prefix + name.replace(merged, part) + suffix] = view
             start += num_rows
     return targets
