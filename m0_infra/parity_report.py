@@ -27,6 +27,9 @@ class ParityReport:
     dtype: str
     device: str
     tolerance: float
+    """Of a logit."""
+    near_tie: float
+    """Tokens were not compared from where the likeliest logits are this close and they differ."""
     prompts: tuple[PromptParity, ...]
 
     @property

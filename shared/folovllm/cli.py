@@ -1,4 +1,4 @@
-"""The command line of every stage: `python -m m2_batching generate | chat | bench`."""
+"""The command line of every stage: `python -m m2_batching generate | chat | bench | profile`."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .cli_bench import add_bench_flags, run_bench
+from .cli_profile import add_profile_flags, run_profile
 from .cli_chat import ChatSession
 from .cli_options import FlagArguments, add_field_flags, given_fields, optional
 from .cli_text import print_logprobs, print_outputs, print_stream, statistics_line
@@ -84,6 +85,12 @@ def build_parser(llm_class: type[LLM]) -> argparse.ArgumentParser:
     bench = _add_command(commands, llm_class, "bench", "measure one run of a workload")
     bench.set_defaults(command=_bench)
     add_bench_flags(bench)
+
+    step_profile = _add_command(
+        commands, llm_class, "profile", "list the kernels of a prompt step and a decode step"
+    )
+    step_profile.set_defaults(command=_profile)
+    add_profile_flags(step_profile)
     return parser
 
 
@@ -186,4 +193,9 @@ def _chat(llm_class: type[LLM], arguments: argparse.Namespace) -> int:
 
 def _bench(llm_class: type[LLM], arguments: argparse.Namespace) -> int:
     run_bench(_make_llm(llm_class, arguments), stage_name(llm_class), arguments)
+    return 0
+
+
+def _profile(llm_class: type[LLM], arguments: argparse.Namespace) -> int:
+    run_profile(_make_llm(llm_class, arguments), stage_name(llm_class), arguments)
     return 0

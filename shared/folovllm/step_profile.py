@@ -1,0 +1,166 @@
+"""Where the time of one prompt step and one decode step goes, kernel by kernel."""
+
+import random
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from .hardware import describe_environment, device_slug
+from .request import Request, SamplingParams
+
+_NUM_TIMED_STEPS = 20
+"""Decode steps timed without the profiler, which itself takes host time."""
+_NUM_WARMUP_STEPS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelRow:
+    """All launches of one kernel in a step (on a CPU: all calls of one torch operator)."""
+
+    name: str
+    count: int
+    total_s: float
+    """On the device, or of the operator itself without those that it calls."""
+
+
+def profile_steps(llm: Any, *, stage: str, batch_size: int, context_len: int) -> dict[str, Any]:
+    """Profile the step that computes prompts and a decode step of `batch_size` requests.
+
+    Prompts are `context_len` random tokens. Returns what `python -m STAGE profile --output`
+    writes. ValueError if the requests cannot run, or never run together.
+    """
+    engine, device = llm.engine, llm.model.device
+    num_steps = 2 * (_NUM_WARMUP_STEPS + _NUM_TIMED_STEPS)
+    requests = _make_requests(llm, batch_size, context_len, max_tokens=num_steps, name="warm-up")
+    _add(engine, requests)
+    _step_until_decoding(engine, batch_size)
+    for _ in range(_NUM_WARMUP_STEPS):
+        engine.step()
+    decode_s = [_timed_step(engine) for _ in range(_NUM_TIMED_STEPS)]
+    decode_rows = _profiled_step(engine, device)
+    _abort(engine, requests)
+    requests = _make_requests(llm, batch_size, context_len, max_tokens=2, name="timed")
+    _add(engine, requests)
+    prompt_s = [_timed_step(engine)]
+    _abort(engine, requests)
+    requests = _make_requests(llm, batch_size, context_len, max_tokens=2, name="profiled")
+    _add(engine, requests)
+    prompt_rows = _profiled_step(engine, device)
+    _abort(engine, requests)
+    return {
+        "schema": 1,
+        "stage": stage,
+        "device": device_slug(device),
+        "batch_size": batch_size,
+        "context_len": context_len,
+        "num_layers": llm.model.config.num_layers,
+        "dtype": str(llm.model.dtype).removeprefix("torch."),
+        "decode": _section(decode_s, decode_rows),
+        "prompt": _section(prompt_s, prompt_rows),
+        "environment": describe_environment(),
+    }
+
+
+def format_profile(result: dict[str, Any], num_rows: int = 25) -> str:
+    """Both steps as Markdown tables, the most expensive kernels first."""
+    what = "operator" if result["device"].startswith("cpu") else "kernel"
+    lines = [
+        f"{result['stage']}, batch {result['batch_size']}, {result['context_len']} tokens of "
+        f"context, {result['num_layers']} layers, {result['dtype']}, {result['device']}"
+    ]
+    for label in ("decode", "prompt"):
+        section = result[label]
+        lines += [
+            "",
+            f"{label} step: {section['step_s'] * 1e3:.2f} ms, of which {what}s "
+            f"{section['kernels_s'] * 1e3:.2f} ms in {section['num_launches']} launches",
+            "",
+            f"| {what} | launches | per layer | µs in all |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| `{row['name'][:72]}` | {row['count']} | {row['count'] / result['num_layers']:.1f} "
+            f"| {row['total_s'] * 1e6:.0f} |"
+            for row in section["kernels"][:num_rows]
+        ]
+        if len(section["kernels"]) > num_rows:
+            lines.append(f"| … {len(section['kernels']) - num_rows} more | | | |")
+    return "\n".join(lines)
+
+
+def _section(step_s: list[float], rows: list[KernelRow]) -> dict[str, Any]:
+    return {
+        "step_s": median(step_s),
+        "kernels_s": sum(row.total_s for row in rows),
+        "num_launches": sum(row.count for row in rows),
+        "kernels": [vars(row) for row in rows],
+    }
+
+
+def _make_requests(
+    llm: Any, batch_size: int, context_len: int, *, max_tokens: int, name: str
+) -> list[Request]:
+    rng = random.Random(0)
+    vocab_size = llm.model.config.vocab_size
+    return [
+        Request(
+            request_id=f"{name}-{index}",
+            prompt_token_ids=[rng.randrange(vocab_size) for _ in range(context_len)],
+            sampling_params=SamplingParams(
+                temperature=0.0, max_tokens=max_tokens, ignore_eos=True
+            ),
+        )
+        for index in range(batch_size)
+    ]
+
+
+def _add(engine: Any, requests: list[Request]) -> None:
+    for request in requests:
+        engine.add_request(request)
+
+
+def _abort(engine: Any, requests: list[Request]) -> None:
+    for request in requests:
+        engine.abort_request(request.request_id)
+
+
+def _step_until_decoding(engine: Any, batch_size: int) -> None:
+    """Step until one token of every request is computed in the same step."""
+    while engine.has_unfinished_requests():
+        stats = engine.step().stats
+        if stats.num_scheduled_requests == stats.num_scheduled_tokens == batch_size:
+            return
+    raise ValueError(
+        f"{batch_size} requests never decoded together in this engine; lower --batch-size, or "
+        f"raise max_num_seqs or kv_cache_bytes"
+    )
+
+
+def _timed_step(engine: Any) -> float:
+    """Seconds; a step ends when its tokens are on the host, so the device is done."""
+    start = time.perf_counter()
+    engine.step()
+    return time.perf_counter() - start
+
+
+def _profiled_step(engine: Any, device: torch.device) -> list[KernelRow]:
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        engine.step()
+    rows = []
+    for event in profiler.key_averages():
+        if device.type == "cuda":
+            is_wanted = event.device_type == torch.autograd.DeviceType.CUDA
+            total_us = event.self_device_time_total
+        else:
+            is_wanted = event.key.startswith("aten::")
+            total_us = event.self_cpu_time_total
+        if is_wanted:
+            rows.append(KernelRow(name=event.key, count=event.count, total_s=total_us * 1e-6))
+    return sorted(rows, key=lambda row: row.total_s, reverse=True)
