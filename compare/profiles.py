@@ -17,13 +17,16 @@ class Profile:
     repeats: int = 3
     stage_workloads: Mapping[str, str] = field(default_factory=dict)
     """Stages too slow for the whole workload, and the beginning of it that they run."""
+    engine_options: Mapping[str, str] = field(default_factory=dict)
+    """EngineConfig values that suit the workload, for the stages that know them."""
 
 
 CPU_PROFILE = Profile(
     name="cpu",
-    workload="fixed:batch=8,input=48,output=16",
+    workload="chat:num=12,min_output=8,max_output=32",
     model=None,
     dtype="float32",
+    engine_options={"max_model_len": "1024", "kv_cache_bytes": "1GiB"},
 )
 """Three engines, three repeats, within minutes on two slow cores; float32 for the exact gate."""
 
@@ -33,7 +36,12 @@ GPU_PROFILE = Profile(
     model="qwen3-0.6b",
     load_format="dummy",
     dtype="bfloat16",
-    stage_workloads={"m1_baseline": "nano:8", "hf": "nano:2"},
+    stage_workloads={"m1_baseline": "nano:2", "hf": "nano:1"},
+    engine_options={
+        "max_model_len": "2048",
+        "kv_cache_bytes": "64GiB",
+        "max_num_batched_tokens": "16384",
+    },
 )
 """The workload of nano-vllm's benchmark; random weights, so that no download is needed."""
 

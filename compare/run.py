@@ -52,10 +52,13 @@ def _settings(
         stage_workloads = _stage_workloads(options.stage_workload, stages)
     else:
         stage_workloads = dict(profile.stage_workloads)
+    known = set().union(*(stage.options for stage in stages))
+    engine = {} if options.workload else dict(profile.engine_options)
+    engine = {name: value for name, value in engine.items() if name in known}
     return RunSettings(
         workload=options.workload or profile.workload,
         common={name: value for name, value in common.items() if value is not None},
-        engine=_engine_options(extra, stages),
+        engine={**engine, **_engine_options(extra, stages)},
         stage_workloads=stage_workloads,
         timeout_s=options.timeout,
         root=options.root.absolute(),

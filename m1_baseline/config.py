@@ -10,7 +10,7 @@ class EngineConfig:
     max_model_len: int = 2048
     """Longest prompt plus output of one request, in tokens."""
     kv_cache_bytes: int | None = None
-    """Most memory for keys and values; None sets no limit. One request of max_model_len must fit."""
+    """Most memory for keys and values, enough for max_model_len tokens; None sets no limit."""
 
     def __post_init__(self) -> None:
         if self.max_model_len < 1:

@@ -1,6 +1,7 @@
 """Device-side storage of keys and values."""
 
 import torch
+
 from folovllm.model import CausalLM, kv_bytes_per_token
 
 from .config import EngineConfig

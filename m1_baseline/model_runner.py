@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from folovllm.interfaces import SamplerOutput
 from folovllm.model import CausalLM
 from folovllm.sampling import Sampler

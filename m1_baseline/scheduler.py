@@ -37,7 +37,9 @@ class Scheduler:
 
     def add_request(self, request: Request) -> None:
         if request.request_id in self.requests:
-            raise ValueError(f"request id {request.request_id!r} is in use; give every request its own")
+            raise ValueError(
+                f"request id {request.request_id!r} is in use; give every request its own"
+            )
         self.requests[request.request_id] = request
         self.waiting.append(request)
 
@@ -66,7 +68,9 @@ class Scheduler:
         self.kv_cache_manager.allocate_slots(request, num_new_tokens)
         return ScheduledRequest(request, num_new_tokens)
 
-    def update(self, scheduler_output: SchedulerOutput, sampler_output: SamplerOutput) -> StepOutput:
+    def update(
+        self, scheduler_output: SchedulerOutput, sampler_output: SamplerOutput
+    ) -> StepOutput:
         """Record a finished step: append the sampled tokens, let finished requests go."""
         tokens = []
         for scheduled, token_id, logprobs in zip(

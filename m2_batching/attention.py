@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+
 from folovllm.kernels import Kernels
 
 from .kv_cache import KVCache
@@ -59,7 +60,7 @@ class Attention:
         """
         keys, values = self.kv_cache.keys[layer_idx], self.kv_cache.values[layer_idx]
         self.kernels.store_kv(k, v, keys, values, metadata.slot_mapping)
-        num_tokens, num_heads, head_dim = q.shape
+        num_heads, head_dim = q.shape[1:]
         num_kv_heads = keys.shape[1]
         num_rows, _, max_query_len, padded_seq_len = metadata.is_hidden.shape
         # [num_rows * num_kv_heads, padded_seq_len, head_dim]; of a slice of slots, a view.

@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import torch
+
 from folovllm.interfaces import SamplerOutput
 from folovllm.memory import profile_kv_cache_bytes
 from folovllm.model import CausalLM, kv_bytes_per_token

@@ -46,7 +46,9 @@ class Scheduler:
 
     def add_request(self, request: Request) -> None:
         if request.request_id in self.requests:
-            raise ValueError(f"request id {request.request_id!r} is in use; give every request its own")
+            raise ValueError(
+                f"request id {request.request_id!r} is in use; give every request its own"
+            )
         self.requests[request.request_id] = request
         by_priority = self.config.scheduling_policy is SchedulingPolicy.PRIORITY
         priority = request.priority if by_priority else 0
@@ -99,7 +101,9 @@ class Scheduler:
             scheduled.append(ScheduledRequest(request, num_new_tokens, slot))
         return scheduled
 
-    def update(self, scheduler_output: SchedulerOutput, sampler_output: SamplerOutput) -> StepOutput:
+    def update(
+        self, scheduler_output: SchedulerOutput, sampler_output: SamplerOutput
+    ) -> StepOutput:
         """Record a finished step: append the sampled tokens, let finished requests go."""
         tokens = []
         for scheduled, token_id, logprobs in zip(

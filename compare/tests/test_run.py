@@ -224,3 +224,21 @@ def test_commit_is_stated_where_the_runs_found_no_checkout(root):
         for stage in ("m1_baseline", "m2_batching")
     ]
     assert commits == ["fed9876", "0123abc"]
+
+
+def test_profile_brings_the_engine_options_that_suit_its_workload(root):
+    two_stages(root)
+    base = ["run", "--device", "cpu", "--stages", "m1_baseline,m2_batching", "--repeats", "1"]
+    assert main(base) == 0
+    seen = dict(calls(root))["m2_batching"]
+    assert seen["--workload"] == CPU_PROFILE.workload
+    assert seen["--max-model-len"] == CPU_PROFILE.engine_options["max_model_len"]
+    assert "--kv-cache-bytes" not in seen, "the fake stage has no such option"
+    assert main([*base, "--max-model-len", "512"]) == 0
+    assert calls(root)[-1][1]["--max-model-len"] == "512"
+
+
+def test_profile_leaves_the_engine_of_another_workload_alone(root):
+    two_stages(root)
+    assert main([*RUN, "--repeats", "1"]) == 0
+    assert "--max-model-len" not in dict(calls(root))["m2_batching"]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from folovllm.kernels.reference import causal_attention
 from folovllm.testing.engine_contract import toy_model
-
 from m1_baseline.attention import Attention
 from m1_baseline.config import EngineConfig
 from m1_baseline.kv_cache import KVCache

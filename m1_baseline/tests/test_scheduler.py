@@ -1,10 +1,10 @@
 """One request at a time, in order of arrival."""
 
 import pytest
+
 from folovllm.interfaces import SamplerOutput
 from folovllm.request import RequestStatus, SamplingParams
 from folovllm.testing.driver import make_requests
-
 from m1_baseline.config import EngineConfig
 from m1_baseline.kv_cache_manager import KVCacheManager
 from m1_baseline.scheduler import Scheduler

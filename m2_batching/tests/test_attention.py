@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+
 from folovllm.kernels.reference import causal_attention
 from folovllm.request import SamplingParams
 from folovllm.testing.driver import make_requests
 from folovllm.testing.engine_contract import toy_model
-
 from m2_batching.config import EngineConfig
 from m2_batching.model_runner import ModelRunner, contiguous_slots
 from m2_batching.scheduler import ScheduledRequest, SchedulerOutput
@@ -28,7 +28,9 @@ def schedule(runner: ModelRunner, shares: list[tuple[int, int, int]]) -> Schedul
     for request, (_, num_computed, _) in zip(requests, shares, strict=True):
         request.num_computed_tokens = num_computed
     return SchedulerOutput(
-        tuple(ScheduledRequest(r, n, slot) for r, (slot, _, n) in zip(requests, shares, strict=True))
+        tuple(
+            ScheduledRequest(r, n, slot) for r, (slot, _, n) in zip(requests, shares, strict=True)
+        )
     )
 
 
@@ -99,7 +101,9 @@ def test_prepared_inputs_of_two_requests(toy_model) -> None:
         ([0, 2], 17, None),
     ],
 )
-def test_slots_are_viewed_while_that_computes_little_in_vain(slots, max_query_len, expected) -> None:
+def test_slots_are_viewed_while_that_computes_little_in_vain(
+    slots, max_query_len, expected
+) -> None:
     assert contiguous_slots(np.array(slots), max_query_len) == expected
 
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+
 from folovllm.cli import main
 from folovllm.testing.toy_models import toy_families, write_toy_model
-
 from m2_batching import LLM
 
 

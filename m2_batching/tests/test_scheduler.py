@@ -1,10 +1,10 @@
 """Who is admitted when, and into which slot."""
 
 import pytest
+
 from folovllm.interfaces import SamplerOutput
 from folovllm.request import Request, SamplingParams
 from folovllm.testing.driver import make_requests
-
 from m2_batching.config import EngineConfig, SchedulingPolicy
 from m2_batching.kv_cache_manager import KVCacheManager
 from m2_batching.scheduler import Scheduler

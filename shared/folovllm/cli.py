@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .cli_bench import add_bench_flags, run_bench
-from .cli_profile import add_profile_flags, run_profile
 from .cli_chat import ChatSession
 from .cli_options import FlagArguments, add_field_flags, given_fields, optional
+from .cli_profile import add_profile_flags, run_profile
 from .cli_text import print_logprobs, print_outputs, print_stream, statistics_line
 from .llm import LLM
 from .request import SamplingParams

@@ -75,7 +75,7 @@ class Engine(Protocol):
     """What every stage's LLMEngine offers; LLM, the CLI and the benchmarks use nothing else."""
 
     def add_request(self, request: Request) -> None:
-        """Queue a request; ValueError, naming the limit, if it can never run or its id is in use."""
+        """Queue a request; ValueError if it can never run (names the limit) or its id is in use."""
 
     def abort_request(self, request_id: str) -> None:
         """Drop a request in any state and free what it holds; an unknown id is ignored."""

@@ -79,7 +79,9 @@ class SamplingParams:
         self._require_int("top_k", self.top_k, -1)
         self._require_range("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0.0:
-            raise ValueError("top_p must be above 0 and at most 1, got 0; use temperature=0 instead")
+            raise ValueError(
+                "top_p must be above 0 and at most 1, got 0; use temperature=0 instead"
+            )
         self._require_range("min_p", self.min_p, 0.0, 1.0)
         self._require_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         self._require_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)

@@ -110,9 +110,7 @@ def _make_requests(
         Request(
             request_id=f"{name}-{index}",
             prompt_token_ids=[rng.randrange(vocab_size) for _ in range(context_len)],
-            sampling_params=SamplingParams(
-                temperature=0.0, max_tokens=max_tokens, ignore_eos=True
-            ),
+            sampling_params=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
         )
         for index in range(batch_size)
     ]

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+
 from folovllm.kernels import reference, select_kernels
 
 pytest.importorskip("triton")

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from folovllm.kernels.reference import causal_attention
 from folovllm.model import CausalLM, ModelConfig, kv_bytes_per_token, load_model
 from folovllm.model.loader import resolve_device
 from folovllm.testing.toy_models import ToyFamily, reference_logits, toy_families, write_toy_model
-from safetensors.torch import load_file, save_file
 
 FAMILIES = {family.name: family for family in toy_families()}
 
@@ -126,9 +127,7 @@ def test_dtype_is_what_was_asked_for(qwen_directory: Path) -> None:
 def test_presets_have_the_published_number_of_parameters(name: str, num_parameters: int) -> None:
     from folovllm.kernels import reference
 
-    model = CausalLM(
-        ModelConfig.preset(name), reference, torch.bfloat16, torch.device("meta")
-    )
+    model = CausalLM(ModelConfig.preset(name), reference, torch.bfloat16, torch.device("meta"))
     assert model.num_parameters == num_parameters
 
 

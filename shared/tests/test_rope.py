@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from folovllm.model.rope import RopeConfig, RotaryTable
 
 SCALINGS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""The fused operations and attention in plain torch: the CPU path, and the oracle of every kernel."""
+"""The fused operations and attention in plain torch: the CPU path, and every kernel's oracle."""
 
 import torch
 import torch.nn.functional as F

@@ -59,7 +59,9 @@ class ModelConfig:
         return cls.from_hf(config, generation)
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any], generation: dict[str, Any] | None = None) -> "ModelConfig":
+    def from_hf(
+        cls, config: dict[str, Any], generation: dict[str, Any] | None = None
+    ) -> "ModelConfig":
         """Translate the published names; ValueError for anything we would compute wrongly."""
         model_type = config.get("model_type")
         if model_type not in SUPPORTED_MODEL_TYPES:

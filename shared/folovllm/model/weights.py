@@ -94,7 +94,9 @@ def published_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
     kv_rows = config.num_kv_heads * config.head_dim
     splits = {
         "qkv_proj": (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows)),
-        "gate_up_proj": tuple((name, config.intermediate_size) for name in ("gate_proj", "up_proj")),
+        "gate_up_proj": tuple(
+            (name, config.intermediate_size) for name in ("gate_proj", "up_proj")
+        ),
     }
     targets: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
