@@ -49,9 +49,9 @@ def test_frequencies_equal_transformers(scaling: dict[str, Any]) -> None:
     ours_cos, ours_sin = (
         RotaryTable(config, 128, 131072, torch.device("cpu")).gather(positions).chunk(2, dim=-1)
     )
-    # One unit in the last place of a frequency turns the last position by some 1e-5 rad.
-    torch.testing.assert_close(ours_cos, cos[0, :, :64], rtol=0, atol=2e-5)
-    torch.testing.assert_close(ours_sin, sin[0, :, :64], rtol=0, atol=2e-5)
+    # A unit in the last place of a blended frequency turns the last position by some 3e-5 rad.
+    torch.testing.assert_close(ours_cos, cos[0, :, :64], rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours_sin, sin[0, :, :64], rtol=0, atol=1e-4)
 
 
 def test_old_and_new_spelling_of_the_config_agree() -> None:
