@@ -8,6 +8,7 @@ A stage's test file is
 """
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -25,6 +26,21 @@ from .toy_models import ToyFamily, reference_greedy, reference_logits, toy_famil
 
 def _greedy(max_tokens: int, **options: Any) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, **options)
+
+
+def _interrupt_every_second_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` whose every second call ends with a KeyboardInterrupt."""
+    num_calls = 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal num_calls
+        result = function(*args)
+        num_calls += 1
+        if num_calls % 2 == 0:
+            raise KeyboardInterrupt
+        return result
+
+    return interrupted
 
 
 @pytest.fixture(scope="session", params=toy_families(), ids=lambda family: family.name)
@@ -210,6 +226,29 @@ class EngineContract:
         drain(engine, [])
         for index in (1, 3, 4):
             assert requests[index].output_token_ids == expected[index].output_token_ids
+
+    @pytest.mark.parametrize("num_good_steps", [0, 3])
+    def test_step_that_was_broken_off_can_be_repeated(
+        self, toy_model: CausalLM, monkeypatch: pytest.MonkeyPatch, num_good_steps: int
+    ) -> None:
+        prompts = random_prompts(seed=8, count=3, vocab_size=199, max_len=40)
+        expected = make_requests(prompts, _greedy(8, ignore_eos=True))
+        drain(self.make_engine(toy_model), expected)
+        engine: Any = self.make_engine(toy_model)
+        requests = make_requests(prompts, _greedy(8, ignore_eos=True))
+        for request in requests:
+            engine.add_request(request)
+        for _ in range(num_good_steps):
+            engine.step()
+        # Ctrl-C in the middle of the model: keys and values of some layers are stored already.
+        with monkeypatch.context() as patch:
+            attention = engine.model_runner.attention
+            patch.setattr(attention, "forward", _interrupt_every_second_call(attention.forward))
+            for _ in range(20):  # once might leave too little behind to change a token
+                with pytest.raises(KeyboardInterrupt):
+                    engine.step()
+        drain(engine, [])
+        assert [r.output_token_ids for r in requests] == [r.output_token_ids for r in expected]
 
     def test_step_without_requests_returns_nothing(self, toy_model: CausalLM) -> None:
         output = self.make_engine(toy_model).step()
