@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from folovllm.setting_checks import check_field_types
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -13,6 +15,7 @@ class EngineConfig:
     """Most memory for keys and values, enough for max_model_len tokens; None sets no limit."""
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         if self.max_model_len < 1:
             raise ValueError(f"max_model_len must be at least 1, got {self.max_model_len}")
         if self.kv_cache_bytes is not None and self.kv_cache_bytes < 1:

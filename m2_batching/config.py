@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from folovllm.setting_checks import check_field_types
+
 
 class SchedulingPolicy(Enum):
     """Which waiting request is admitted next."""
@@ -28,6 +30,7 @@ class EngineConfig:
     scheduling_policy: SchedulingPolicy = SchedulingPolicy.FCFS
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         if self.max_model_len < 1:
             raise ValueError(f"max_model_len must be at least 1, got {self.max_model_len}")
         if self.kv_cache_bytes is not None and self.kv_cache_bytes < 1:

@@ -137,6 +137,11 @@ def test_manager_returns_none_and_changes_nothing_when_full() -> None:
         ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
         ({"max_num_batched_tokens": 15}, r"max_num_batched_tokens \(15\) must be at least"),
         ({"gpu_memory_utilization": 1.5}, r"gpu_memory_utilization must be in \(0, 1\], got 1.5"),
+        ({"gpu_memory_utilization": "0.5"}, "gpu_memory_utilization must be a number, got '0.5'"),
+        (
+            {"scheduling_policy": "priority"},
+            "must be SchedulingPolicy.FCFS or SchedulingPolicy.PRIORITY, got 'priority'",
+        ),
     ],
 )
 def test_option_that_cannot_work_is_refused(options: dict[str, object], message: str) -> None:

@@ -112,7 +112,9 @@ class LLM:
         add_generation_prompt: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or a list of conversations."""
-        is_several = bool(messages) and isinstance(messages[0], list | tuple)
+        is_several = isinstance(messages, Sequence) and isinstance(
+            next(iter(messages), None), list | tuple
+        )
         conversations: Any = messages if is_several else [messages]
         prompts = [self.render_chat(messages, add_generation_prompt) for messages in conversations]
         return self._run(self._requests.build(prompts, sampling_params, None), use_tqdm)

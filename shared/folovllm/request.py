@@ -5,6 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from .setting_checks import (
+    checked_bias,
+    checked_stop,
+    checked_token_ids,
+    require_bool,
+    require_int,
+    require_range,
+)
+
 
 class RequestStatus(Enum):
     """Where a request is in its life; only `FINISHED` is final."""
@@ -66,52 +75,39 @@ class SamplingParams:
     """Leave special tokens out of the text (they stay in the token ids)."""
 
     def __post_init__(self) -> None:
-        self._require_int("n", self.n, 1)
+        require_int("n", self.n, 1)
         if self.max_tokens is not None:
-            self._require_int("max_tokens", self.max_tokens, 1)
-        self._require_int("min_tokens", self.min_tokens, 0)
+            require_int("max_tokens", self.max_tokens, 1)
+        require_int("min_tokens", self.min_tokens, 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); "
                 f"lower min_tokens or raise max_tokens"
             )
-        self._require_range("temperature", self.temperature, 0.0, math.inf)
-        self._require_int("top_k", self.top_k, -1)
-        self._require_range("top_p", self.top_p, 0.0, 1.0)
+        require_range("temperature", self.temperature, 0.0, math.inf)
+        require_int("top_k", self.top_k, -1)
+        require_range("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0.0:
             raise ValueError(
                 "top_p must be above 0 and at most 1, got 0; use temperature=0 instead"
             )
-        self._require_range("min_p", self.min_p, 0.0, 1.0)
-        self._require_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        self._require_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        self._require_range("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
+        require_range("min_p", self.min_p, 0.0, 1.0)
+        require_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        require_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        require_range("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
         if self.repetition_penalty == 0.0:
             raise ValueError("repetition_penalty must be above 0 (1 switches it off), got 0")
         if self.seed is not None:
-            self._require_int("seed", self.seed, 0)
+            require_int("seed", self.seed, 0)
         if self.logprobs is not None:
-            self._require_int("logprobs", self.logprobs, 0)
-        stop = self.stop
-        stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        if any(not isinstance(text, str) or not text for text in stop):
-            raise ValueError(f"stop must hold non-empty strings, got {self.stop!r}")
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        bias = {int(token_id): float(value) for token_id, value in (self.logit_bias or {}).items()}
-        if any(not math.isfinite(value) for value in bias.values()):
-            raise ValueError(f"logit_bias must hold finite numbers, got {self.logit_bias!r}")
-        object.__setattr__(self, "logit_bias", bias)
-
-    @staticmethod
-    def _require_int(name: str, value: object, low: int) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
-
-    @staticmethod
-    def _require_range(name: str, value: float, low: float, high: float) -> None:
-        if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
-            raise ValueError(f"{name} must be a number in [{low}, {high}], got {value!r}")
+            require_int("logprobs", self.logprobs, 0)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            require_bool(name, getattr(self, name))
+        object.__setattr__(self, "stop", checked_stop(self.stop))
+        object.__setattr__(
+            self, "stop_token_ids", checked_token_ids("stop_token_ids", self.stop_token_ids)
+        )
+        object.__setattr__(self, "logit_bias", checked_bias(self.logit_bias))
 
     @property
     def is_greedy(self) -> bool:

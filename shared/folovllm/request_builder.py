@@ -8,6 +8,7 @@ from dataclasses import replace
 from .output_processor import CompletionState, PromptState
 from .prompts import Prompt, check_token_ids
 from .request import Request, SamplingParams
+from .setting_checks import is_int
 from .tokenizer import Tokenizer
 
 
@@ -133,10 +134,12 @@ class RequestBuilder:
             return [0] * num_prompts
         if self._scheduling_policy != "priority":
             raise ValueError(
-                f"priorities {list(priority)} would have no effect: the scheduling policy of this "
+                f"priorities {priority} would have no effect: the scheduling policy of this "
                 f"engine is {self._scheduling_policy!r}; where the stage has it, use "
                 f"scheduling_policy='priority'"
             )
+        if not isinstance(priority, Sequence) or not all(map(is_int, priority)):
+            raise ValueError(f"priority must be a list of whole numbers, got {priority!r}")
         if len(priority) != num_prompts:
             raise ValueError(
                 f"got {len(priority)} priorities for {num_prompts} prompts; give one per prompt"

@@ -80,7 +80,17 @@ class Tokenizer:
         return self._hf.chat_template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with what the tokenizer puts around every prompt (bos)."""
+        """Token ids of a text, with what the tokenizer puts around every prompt (bos).
+
+        ValueError if it holds half a surrogate pair, which stands for no character.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text is no valid Unicode: it holds {text[error.start]!r} at index "
+                f"{error.start}; read it with the encoding that it was written in"
+            ) from error
         encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids

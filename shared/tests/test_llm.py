@@ -244,8 +244,12 @@ def test_priorities_reach_the_engine(make_llm):
 def test_priorities_without_the_policy_or_in_the_wrong_number_are_refused(make_llm):
     with pytest.raises(ValueError, match=r"no effect: the scheduling policy .* 'fcfs'"):
         generate(make_llm(), ["Hello"], priority=[1])
+    llm = make_llm(scheduling_policy="priority")
     with pytest.raises(ValueError, match="got 1 priorities for 2 prompts"):
-        generate(make_llm(scheduling_policy="priority"), ["Hello", "dog"], priority=[1])
+        generate(llm, ["Hello", "dog"], priority=[1])
+    for wrong in (1, [1, "x"], [1, 0.5]):
+        with pytest.raises(ValueError, match="priority must be a list of whole numbers"):
+            generate(llm, ["Hello", "dog"], priority=wrong)
 
 
 # Chat ---------------------------------------------------------------------------------------------
@@ -267,7 +271,7 @@ def test_chat_takes_one_conversation_or_several(make_llm):
 
 def test_chat_refuses_what_is_no_conversation(make_llm):
     llm = make_llm()
-    for wrong in ([], [[]], [{"role": "user"}], "Hello"):
+    for wrong in ([], [[]], [{"role": "user"}], "Hello", {"role": "user", "content": "x"}, None):
         with pytest.raises(ValueError, match=r"conversation|message 0"):
             llm.chat(wrong, use_tqdm=False)
     with pytest.raises(ValueError, match="no tokenizer and so no chat template"):
@@ -403,6 +407,7 @@ def test_requests_that_disappear_from_the_engine_are_an_error(make_llm):
         ([None], "prompt 0 must be text"),
         ([[]], "prompt 0 has no tokens"),
         ("", "prompt 0 has no tokens"),
+        ("a\ud800", r"no valid Unicode: it holds '\\ud800' at index 1"),
         ([True, False], "prompt 0 must be"),
         ([[1.5]], "prompt 0 must be"),
         ([-1], "token id -1, but this model's ids are 0 to"),

@@ -177,6 +177,17 @@ class EngineContract:
         with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
             self.stage.EngineConfig(**{option: 0})
 
+    def test_config_value_of_another_type_is_refused(self) -> None:
+        for option, value, message in (
+            ("max_model_len", 100.5, "max_model_len must be a whole number, got 100.5"),
+            ("max_model_len", True, "max_model_len must be a whole number, got True"),
+            ("max_model_len", None, "max_model_len must be a whole number, got None"),
+            ("kv_cache_bytes", 1e9, "kv_cache_bytes must be a whole number or None, got 1000000"),
+            ("kv_cache_bytes", "1GiB", "kv_cache_bytes must be a whole number or None, got '1GiB'"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                self.stage.EngineConfig(**{option: value})
+
     def test_request_id_in_use_is_refused_and_free_again_later(self, toy_model: CausalLM) -> None:
         engine = self.make_engine(toy_model)
         first, twin, heir = make_requests([[1, 2]] * 3, _greedy(4), ids=["a", "a", "a"])
