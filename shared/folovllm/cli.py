@@ -23,10 +23,11 @@ _CHAT_DEFAULTS = {"temperature": 0.0, "max_tokens": None}
 
 
 def _token_bias(text: str) -> tuple[int, float]:
-    token_id, separator, bias = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"expected ID=BIAS like 42=-1.5, got {text!r}")
-    return int(token_id), float(bias)
+    token_id, _, bias = text.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected ID=BIAS like 42=-1.5, got {text!r}") from None
 
 
 _SAMPLING_FLAGS: dict[str, FlagArguments] = {

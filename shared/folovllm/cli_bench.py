@@ -38,8 +38,10 @@ def run_bench(llm: LLM, stage: str, arguments: argparse.Namespace) -> None:
     from .bench import run_benchmark
     from .workloads import make_workload
 
-    if arguments.output is not None and arguments.output.is_dir():
-        raise ValueError(f"--output {arguments.output} is a directory; name a file in it")
+    if arguments.output is not None:
+        if arguments.output.is_dir():
+            raise ValueError(f"--output {arguments.output} is a directory; name a file in it")
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)  # fail now, not after the run
     workload = make_workload(
         arguments.workload,
         tokenizer=llm.tokenizer,

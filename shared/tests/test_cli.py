@@ -228,7 +228,7 @@ def test_missing_model_is_one_line(monkeypatch, tmp_path, capsys):
         (["generate", "x", "--kv-cache-bytes", "8Gx"], "expected a size like 512MiB"),
         (["generate", "x", "--scheduling-policy", "lifo"], "invalid choice: 'lifo'"),
         (["generate", "x", "--logit-bias", "5"], "expected ID=BIAS"),
-        (["generate", "x", "--logit-bias", "a=b"], "invalid"),
+        (["generate", "x", "--logit-bias", "a=b"], "expected ID=BIAS"),
         (["generate", "x", "--max-tokens", "many"], "invalid int or none value"),
         (["chat", "--n", "2"], "unrecognized arguments"),
         (["chat", "--logprobs", "2"], "unrecognized arguments"),
@@ -376,6 +376,9 @@ def test_bench_writes_the_result_and_prints_table_and_json(run, benchmark_calls,
 def test_bench_refuses_a_folder_as_output_and_an_unknown_workload(run, benchmark_calls, tmp_path):
     status, _, err = run("bench", "--workload", "nano", "--output", str(tmp_path))
     assert status == 2 and "is a directory" in err
+    (tmp_path / "file").write_text("")
+    status, _, err = run("bench", "--workload", "nano", "--output", str(tmp_path / "file/x.json"))
+    assert status == 2 and "file" in err
     status, _, err = run("bench", "--workload", "zzz")
     assert status == 2 and "unknown workload" in err
     assert benchmark_calls == []

@@ -159,6 +159,9 @@ def minimal_config(**overrides: Any) -> dict[str, Any]:
 def test_sliding_window_counts_only_where_it_is_used() -> None:
     window = {"sliding_window": 32}
     assert ModelConfig.from_hf(minimal_config(**window)).sliding_window == 32
+    mistral = {**minimal_config(), "model_type": "mistral"}
+    assert ModelConfig.from_hf(mistral).sliding_window == 4096
+    assert ModelConfig.from_hf({**mistral, "sliding_window": None}).sliding_window is None
     qwen = minimal_config(model_type="qwen2", **window)
     assert ModelConfig.from_hf(qwen).sliding_window is None
     assert ModelConfig.from_hf({**qwen, "use_sliding_window": True}).sliding_window == 32
@@ -212,6 +215,52 @@ def test_broken_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "removed", "message"),
+    [
+        ({}, "hidden_size", "config.json has no 'hidden_size', which a model of type 'qwen3'"),
+        ({}, "max_position_embeddings", "config.json has no 'max_position_embeddings'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, None, "config.json has no 'factor'"),
+    ],
+)
+def test_incomplete_config_is_named(
+    qwen_directory: Path, overrides: dict[str, Any], removed: str | None, message: str
+) -> None:
+    path = qwen_directory / "config.json"
+    config = {**json.loads(path.read_text()), **overrides}
+    config.pop(removed, None)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_model(qwen_directory)
+
+
+def test_config_that_is_no_object_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="must hold a JSON object, got list"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\x10\x00\x00", b"<html>Not found</html>" * 9])
+def test_broken_weights_file_is_named(qwen_directory: Path, content: bytes) -> None:
+    (qwen_directory / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors is no whole safetensors file"):
+        load_model(qwen_directory)
+
+
+def test_half_downloaded_weights_file_is_named(qwen_directory: Path) -> None:
+    path = qwen_directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model.safetensors is no whole safetensors file"):
+        load_model(qwen_directory)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": []}'])
+def test_broken_index_of_shards_is_named(qwen_directory: Path, content: str) -> None:
+    (qwen_directory / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match="index.json must be a JSON object with a weight_map"):
+        load_model(qwen_directory)
 
 
 def test_hub_download_failure_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

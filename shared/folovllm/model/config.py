@@ -56,7 +56,13 @@ class ModelConfig:
         config = _read_json(directory / "config.json")
         generation_path = directory / "generation_config.json"
         generation = _read_json(generation_path) if generation_path.exists() else {}
-        return cls.from_hf(config, generation)
+        try:
+            return cls.from_hf(config, generation)
+        except KeyError as error:
+            raise ValueError(
+                f"{directory / 'config.json'} has no {error.args[0]!r}, which a model of type "
+                f"{config.get('model_type')!r} needs; download the model again"
+            ) from error
 
     @classmethod
     def from_hf(
@@ -125,7 +131,7 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} does not exist; a model directory needs config.json, *.safetensors and "
@@ -133,6 +139,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
 
 
 def _refuse_unknown_head_scaling(config: dict[str, Any]) -> None:
@@ -148,7 +157,9 @@ def _sliding_window(config: dict[str, Any]) -> int | None:
         return None
     if config["model_type"].startswith("qwen") and not config.get("use_sliding_window", False):
         return None
-    return config.get("sliding_window")
+    # What a Mistral checkpoint that names no window means to Transformers; null is no window.
+    default = 4096 if config["model_type"] == "mistral" else None
+    return config.get("sliding_window", default)
 
 
 def _presets() -> dict[str, dict[str, Any]]:

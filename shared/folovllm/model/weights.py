@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .transformer import CausalLM
 
@@ -61,7 +61,13 @@ def load_random(model: CausalLM, seed: int) -> None:
 def iter_safetensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) from model.safetensors or from the shards that the index names."""
     for path in _safetensors_files(directory):
-        with safe_open(path, framework="pt", device="cpu") as file:
+        try:
+            file = safe_open(path, framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is no whole safetensors file ({error}); download the model again"
+            ) from error
+        with file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 yield name, file.get_tensor(name)
 
@@ -69,7 +75,7 @@ def iter_safetensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def _safetensors_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = _shard_names(index)
         paths = [directory / name for name in names]
         absent = [path.name for path in paths if not path.exists()]
         if absent:
@@ -85,6 +91,16 @@ def _safetensors_files(directory: Path) -> list[Path]:
         f"{directory} has no model.safetensors (found: {', '.join(others)}); this engine reads "
         f"safetensors only, because other formats can run code when they are opened"
     )
+
+
+def _shard_names(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} must be a JSON object with a weight_map of tensor names to files "
+            f"({type(error).__name__}: {error}); download the model again"
+        ) from error
 
 
 def published_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
