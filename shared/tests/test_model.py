@@ -290,3 +290,30 @@ def test_hub_download_asks_for_no_pickle_and_no_code(
 def test_cuda_without_a_gpu_is_refused() -> None:
     with pytest.raises(ValueError, match="torch sees no CUDA device"):
         resolve_device("cuda")
+
+
+def test_cuda_index_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="'cuda:2' was asked for but torch sees 2 CUDA devices"):
+        resolve_device("cuda:2")
+
+
+def test_named_cuda_device_becomes_the_current_one(
+    qwen_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = []
+
+    def set_device(device: torch.device) -> None:
+        chosen.append(device)
+        raise InterruptedError  # nothing further can run without a GPU
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with pytest.raises(InterruptedError):
+        load_model(qwen_directory, device="cuda:1")
+    assert chosen == [torch.device("cuda:1")]
+    load_model(qwen_directory, device="cpu:0")
+    assert len(chosen) == 1

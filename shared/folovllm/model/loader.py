@@ -32,10 +32,13 @@ def load_model(
     model: a local directory, a Hub id, or, with load_format "dummy", a preset's name or a
     directory with a config.json. load_format: "auto" and "safetensors" read the checkpoint,
     "dummy" draws random weights from `seed` on the device. dtype: "auto" is the checkpoint's on
-    CUDA and float32 on a CPU. device: "auto" is CUDA where there is one. ValueError or
+    CUDA and float32 on a CPU. device: "auto" is CUDA where there is one; "cuda:1" becomes the
+    process's current device, so a process serves from one device. ValueError or
     FileNotFoundError name what is wrong.
     """
     target = resolve_device(device)
+    if target.index is not None:
+        torch.cuda.set_device(target)  # Triton launches on the current device, wherever tensors are
     if load_format == "dummy":
         directory = Path(model)
         config = (
@@ -76,7 +79,12 @@ def resolve_device(device: str) -> torch.device:
             f"device {device!r} was asked for but torch sees no CUDA device; use device='cpu' or "
             f"install a CUDA build of torch"
         )
-    return target
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device!r} was asked for but torch sees {torch.cuda.device_count()} CUDA "
+            f"devices, numbered from 0; give a lower index"
+        )
+    return torch.device("cpu") if target.type == "cpu" else target
 
 
 def resolve_dtype(dtype: str, config: ModelConfig, device: torch.device) -> torch.dtype:
