@@ -13,6 +13,8 @@ from .stages import Stage
 
 EXIT_NOT_INSTALLED = 3
 """A peer ends with this when its engine cannot be imported."""
+EXIT_REFUSED = 2
+"""A stage ends with this when it cannot do what was asked for; asking again changes nothing."""
 STDERR_TAIL_LINES = 25
 
 
@@ -46,6 +48,8 @@ class FailedRun:
     repeat: int
     reason: str
     stderr_tail: str
+    exit_status: int | None
+    """None where the run took too long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,10 @@ def run_stages(
     settings: RunSettings,
     report: Callable[[str], None] = print,
 ) -> list[Outcome]:
-    """Run every stage `repeats` times; a failed run is an outcome and stops nothing."""
+    """Run every stage `repeats` times; a failed run is an outcome and stops no other stage.
+
+    A stage that refuses what it is asked for is asked once.
+    """
     outcomes: list[Outcome] = []
     skipped: set[str] = set()
     turns = plan_runs(stages, repeats)
@@ -108,6 +115,8 @@ def run_stages(
             report(f"{told}skipped, {outcome.reason}")
         else:
             report(f"{told}FAILED, {outcome.reason}\n{outcome.stderr_tail}")
+            if outcome.exit_status == EXIT_REFUSED:
+                skipped.add(stage.name)
     return outcomes
 
 
@@ -141,7 +150,9 @@ def run_once(stage: Stage, repeat: int, settings: RunSettings) -> Outcome:
             return FinishedRun(stage=stage.name, repeat=repeat, result=read_json(output))
         except ValueError as error:
             reason = str(error)
-    return FailedRun(stage=stage.name, repeat=repeat, reason=reason, stderr_tail=tail)
+    return FailedRun(
+        stage=stage.name, repeat=repeat, reason=reason, stderr_tail=tail, exit_status=status
+    )
 
 
 def _environment(root: Path) -> dict[str, str]:

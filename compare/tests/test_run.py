@@ -72,6 +72,14 @@ def test_failed_run_is_reported_with_its_error_and_others_are_published(root, ca
     assert not (root / FOLDER / "m2_batching.json").exists()
 
 
+def test_stage_that_refuses_is_asked_once(root, capsys):
+    two_stages(root, body="raise SystemExit(2)")
+    assert main([*RUN, "--repeats", "3"]) == 4
+    names = [name for name, _ in calls(root)]
+    assert names.count("m1_baseline") == 3 and names.count("m2_batching") <= 1
+    assert capsys.readouterr().out.count("FAILED, exit status 2") == 1
+
+
 def test_run_that_takes_too_long_is_a_failed_run(root, capsys):
     two_stages(root, body="import time; time.sleep(60)")
     assert main([*RUN, "--repeats", "1", "--timeout", "3"]) == 4
