@@ -22,7 +22,8 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     """Memory for keys and values, whence the number of slots; None takes what is free."""
     gpu_memory_utilization: float = 0.9
-    """Part of the device's memory that this process may fill when kv_cache_bytes is None."""
+    """Part of a GPU's memory that this process may fill when kv_cache_bytes is None (a CPU run then
+    takes an eighth of the free memory)."""
     max_num_seqs: int = 256
     """Most requests running at once."""
     max_num_batched_tokens: int = 8192

@@ -131,6 +131,15 @@ def test_manager_returns_none_and_changes_nothing_when_full() -> None:
     assert manager.allocate_slots(second, 1) == 0
 
 
+def test_lowest_free_slot_goes_first_in_whatever_order_slots_come_back() -> None:
+    manager = KVCacheManager(EngineConfig(max_model_len=16), num_tokens=80)
+    requests = make_requests([[1]] * 5, PARAMS)
+    assert [manager.allocate_slots(request, 1) for request in requests] == [0, 1, 2, 3, 4]
+    for index in (3, 1, 4, 0):
+        manager.free(requests[index])
+    assert [manager.allocate_slots(requests[index], 1) for index in (4, 3, 1, 0)] == [0, 1, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,0 +1,43 @@
+"""The KV cache's share of the memory, with a CUDA device that only has numbers."""
+
+import pytest
+import torch
+
+from folovllm.memory import profile_kv_cache_bytes
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A device of 1000 bytes: others use 100, we reserve 300 and had 250 in use at the peak."""
+    calls: list[str] = []
+    fakes = {
+        "reset_peak_memory_stats": lambda device: calls.append("reset"),
+        "synchronize": lambda device: calls.append("wait"),
+        "max_memory_allocated": lambda device: 250,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda device: (600, 1000),
+        "memory_reserved": lambda device: 300,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return calls
+
+
+def test_cache_gets_what_others_and_the_largest_step_leave(steps: list[str]) -> None:
+    assert profile_kv_cache_bytes(CUDA, 0.9, lambda: steps.append("step")) == 900 - 100 - 250
+    assert steps == ["reset", "step", "wait"]
+
+
+def test_nothing_left_is_refused_with_what_to_change(steps: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"100 used by other .* less 250 .*; raise gpu_memory_ut"):
+        profile_kv_cache_bytes(CUDA, 0.35, lambda: None)
+
+
+def test_cpu_takes_an_eighth_of_the_free_memory_and_runs_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("folovllm.memory._free_host_bytes", lambda: 8000)
+    num_bytes = profile_kv_cache_bytes(torch.device("cpu"), 0.9, lambda: pytest.fail("ran"))
+    assert num_bytes == 1000
