@@ -47,9 +47,7 @@ class LLMEngine:
         return self.scheduler.update(scheduler_output, sampler_output)
 
     def _check_context(self, model: CausalLM) -> None:
-        limit = model.config.max_position_embeddings
-        if model.config.sliding_window is not None:
-            limit = min(limit, model.config.sliding_window)
+        limit = model.config.max_context_len
         if self.config.max_model_len > limit:
             raise ValueError(
                 f"max_model_len is {self.config.max_model_len} but this model attends to at most "

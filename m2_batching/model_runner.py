@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from folovllm.interfaces import SamplerOutput
-from folovllm.memory import profile_kv_cache_bytes
+from folovllm.memory import profile_kv_cache_bytes, run_largest_sampling
 from folovllm.model import CausalLM, kv_bytes_per_token
 from folovllm.request import Request, SamplingParams
 from folovllm.sampling import Sampler
@@ -154,6 +154,7 @@ class ModelRunner:
         ]
         scheduled = (ScheduledRequest(r, max_model_len, slot) for slot, r in enumerate(requests))
         self.execute(SchedulerOutput(scheduled=tuple(scheduled)))
+        run_largest_sampling(self.sampler, self.config.max_num_seqs, self.model.dtype)
 
 
 def contiguous_slots(slots: np.ndarray, max_query_len: int) -> slice | None:

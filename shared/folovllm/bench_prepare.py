@@ -61,7 +61,13 @@ def run_gate(
     top2_gaps: log-probability of the likeliest token less that of the second. Where it is small,
     rounding may decide, and stages may differ without being wrong.
     """
-    sources = workload.requests[:num_requests]
+    # Also those that a slow stage will not be timed on: every stage answers the same ones.
+    limit = engine.config.max_model_len
+    sources = [
+        source
+        for source in workload.uncut_requests or workload.requests
+        if len(source.prompt_token_ids) + min(num_tokens, source.output_len) <= limit
+    ][:num_requests]
     requests = [
         make_request(
             source,

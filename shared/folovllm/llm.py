@@ -201,14 +201,14 @@ class LLM:
         return processed.finished_prompts
 
     def _limit_model_len(self, config: Any, was_given: bool) -> Any:
-        """The config with a `max_model_len` that the model's position embeddings can serve."""
-        limit = self.model.config.max_position_embeddings
+        """The config with a `max_model_len` that the model can attend to."""
+        limit = self.model.config.max_context_len
         if config.max_model_len <= limit:
             return config
         if was_given:
             raise ValueError(
                 f"max_model_len={config.max_model_len} is beyond this model's limit of {limit} "
-                f"positions; lower it"
+                f"tokens; lower it"
             )
         return replace(config, max_model_len=limit)
 

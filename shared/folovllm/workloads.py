@@ -39,6 +39,8 @@ class Workload:
     """Requests before a head was taken (`head`, or `num` of a trace); None if none was."""
     spec: str = ""
     """The text it was made from."""
+    uncut_requests: tuple[WorkloadRequest, ...] = field(default=(), repr=False)
+    """All of them, where `head` took the first: for checks that need the same ones everywhere."""
 
     @cached_property
     def sha256(self) -> str:
@@ -72,6 +74,7 @@ class Workload:
             self,
             requests=self.requests[:num_requests],
             num_requests_before_cut=self.num_requests_before_cut or len(self.requests),
+            uncut_requests=self.uncut_requests or self.requests,
         )
 
 

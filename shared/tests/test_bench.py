@@ -283,6 +283,20 @@ def test_gate_runs_the_first_requests_together_for_a_few_tokens():
     assert all(r.sampling_params.is_greedy and r.sampling_params.logprobs == 2 for _, r in gate)
 
 
+def test_gate_of_a_cut_workload_answers_the_requests_of_the_whole():
+    cut = WORKLOAD.head(1)
+    report, _, _ = run(cut, gate_requests=3, gate_tokens=2)
+    assert report["workload"]["num_requests"] == 1
+    assert report["gate"]["tokens"] == [[5, 6], [9, 10], [3, 4]]
+    assert cut.head(1).uncut_requests == WORKLOAD.requests
+
+
+def test_gate_leaves_out_what_does_not_fit_the_engine():
+    whole = Workload("w", (request("r0", 4, 3), request("long", 49, 9), request("r2", 5, 3)))
+    report, _, _ = run(whole.head(1), gate_requests=3, gate_tokens=2)
+    assert report["gate"]["tokens"] == [[4, 5], [5, 6]]
+
+
 def test_gate_without_logprobs_is_refused():
     class Silent(FakeEngine):
         def finish_step(self, scheduled, token_ids):

@@ -41,3 +41,21 @@ def test_cpu_takes_an_eighth_of_the_free_memory_and_runs_nothing(
     monkeypatch.setattr("folovllm.memory._free_host_bytes", lambda: 8000)
     num_bytes = profile_kv_cache_bytes(torch.device("cpu"), 0.9, lambda: pytest.fail("ran"))
     assert num_bytes == 1000
+
+
+def test_largest_sampling_runs_the_rules_that_take_memory() -> None:
+    from folovllm.memory import run_largest_sampling
+    from folovllm.sampling import Sampler
+
+    seen = {}
+
+    class Spy(Sampler):
+        def sample(self, logits, tensors):
+            seen["shape"], seen["rules"] = tuple(logits.shape), tensors
+            return super().sample(logits, tensors)
+
+    run_largest_sampling(Spy(31, torch.device("cpu")), 3, torch.bfloat16)
+    assert seen["shape"] == (3, 31)
+    assert seen["rules"].all_candidates is not None
+    assert seen["rules"].repetition is not None
+    assert seen["rules"].logprobs is not None

@@ -167,6 +167,12 @@ def test_sliding_window_counts_only_where_it_is_used() -> None:
     assert ModelConfig.from_hf({**qwen, "use_sliding_window": True}).sliding_window == 32
 
 
+def test_context_is_limited_by_positions_and_by_the_window() -> None:
+    assert ModelConfig.from_hf(minimal_config(sliding_window=None)).max_context_len == 64
+    assert ModelConfig.from_hf(minimal_config(sliding_window=32)).max_context_len == 32
+    assert ModelConfig.from_hf(minimal_config(sliding_window=4096)).max_context_len == 64
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

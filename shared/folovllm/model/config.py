@@ -119,6 +119,13 @@ class ModelConfig:
         return cls.from_hf(presets[name])
 
     @property
+    def max_context_len(self) -> int:
+        """Most tokens that a query may look back on, itself included, in this model."""
+        if self.sliding_window is None:
+            return self.max_position_embeddings
+        return min(self.max_position_embeddings, self.sliding_window)
+
+    @property
     def group_size(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads

@@ -33,7 +33,7 @@ class ScriptedModelConfig:
     """The part of ModelConfig that LLM reads."""
 
     vocab_size: int
-    max_position_embeddings: int = 512
+    max_context_len: int = 512
     eos_token_ids: frozenset[int] = frozenset()
 
 
