@@ -484,6 +484,12 @@ def test_missing_embedded_model_says_how_to_fetch_it(tmp_path, monkeypatch):
         ScriptedLLM()
 
 
+def test_name_that_can_be_no_model_is_refused_before_the_network_is_asked(monkeypatch):
+    monkeypatch.setattr("folovllm.llm.Tokenizer", None)
+    with pytest.raises(FileNotFoundError, match="nonexistent does not exist.*a Hub id such as"):
+        ScriptedLLM("nonexistent")
+
+
 def test_unknown_arguments_of_generate_are_refused(make_llm):
     with pytest.raises(TypeError, match="lora_request"):
         make_llm().generate("Hello", lora_request=1)
