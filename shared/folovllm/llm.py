@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from .engine_options import build_config
 from .interfaces import Engine
+from .memory import kv_cache_allocation
 from .model import load_model, resolve_model_directory
 from .output_processor import OutputProcessor, PromptState
 from .outputs import RequestOutput
@@ -68,7 +69,8 @@ class LLM:
             model, load_format=load_format, dtype=dtype, device=device, seed=seed
         )
         config = self._limit_model_len(config, was_given="max_model_len" in engine_options)
-        self.engine = self.engine_class(config, self.model)
+        with kv_cache_allocation():
+            self.engine = self.engine_class(config, self.model)
         policy = getattr(config, "scheduling_policy", "fcfs")
         eos_token_ids = self.model.config.eos_token_ids
         if not eos_token_ids and self.tokenizer is not None:

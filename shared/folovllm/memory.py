@@ -1,7 +1,8 @@
-"""How much memory the KV cache may take when nobody says."""
+"""How much memory the KV cache may take when nobody says, and what to say when it is too much."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -36,6 +37,20 @@ def profile_kv_cache_bytes(
             f"max_num_batched_tokens or max_model_len"
         )
     return left
+
+
+@contextmanager
+def kv_cache_allocation() -> Iterator[None]:
+    """Around making an engine: memory that torch cannot get is a ValueError that says so."""
+    try:
+        yield
+    except RuntimeError as error:  # on CUDA OutOfMemoryError, on a CPU nothing more special
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"the KV cache does not fit beside the weights ({reason}); lower kv_cache_bytes"
+        ) from error
 
 
 def _free_host_bytes() -> int:
