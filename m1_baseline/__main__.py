@@ -1,4 +1,4 @@
-"""The command line of this stage: `generate`, `chat` and `bench`."""
+"""The command line of this stage: `generate`, `chat`, `bench`, `profile`."""
 
 from folovllm.cli import main
 

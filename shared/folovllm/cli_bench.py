@@ -1,4 +1,4 @@
-"""`python -m STAGE bench`: one measured run, as a JSON file, a table and one line of JSON."""
+"""`python -m STAGE bench`: one measured run, as a table and as JSON."""
 
 import argparse
 import json
@@ -22,7 +22,12 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
         help="nano, nano:8 (its first 8 requests), fixed:batch=8,input=512,output=128, chat, "
         "poisson:…, shared-prefix:…, azure:PATH, mooncake:PATH, sharegpt:PATH",
     )
-    group.add_argument("--output", type=Path, metavar="FILE.json", help="write the result here")
+    group.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="write the result here; without it, a summary goes to the terminal as JSON",
+    )
     for flag, default, text in (
         ("--gate-requests", 8, "requests whose greedy tokens are kept to compare stages"),
         ("--gate-tokens", 16, "tokens of each of them"),
@@ -34,7 +39,7 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_bench(llm: LLM, stage: str, arguments: argparse.Namespace) -> None:
-    """Measure; write the file whole or not at all; print a table, then the summary as JSON."""
+    """Measure and print a table; write the JSON file, whole or not at all, or print its summary."""
     from .bench import run_benchmark
     from .workloads import make_workload
 
@@ -62,7 +67,10 @@ def run_bench(llm: LLM, stage: str, arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         write_json_atomically(arguments.output, result)
     print(format_summary(result))
-    print(json.dumps({key: value for key, value in result.items() if key not in _COLUMNS}))
+    if arguments.output is not None:
+        print(f"  every request and step in {arguments.output}")
+    else:
+        print(json.dumps({key: value for key, value in result.items() if key not in _COLUMNS}))
 
 
 def write_json_atomically(path: Path, value: Any) -> None:

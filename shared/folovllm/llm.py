@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from .engine_options import build_config
 from .interfaces import Engine
-from .model import load_model
+from .memory import kv_cache_allocation
+from .model import load_model, resolve_model_directory
 from .output_processor import OutputProcessor, PromptState
 from .outputs import RequestOutput
 from .progress import ThroughputBar
@@ -61,12 +62,15 @@ class LLM:
             raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
         config = build_config(self.config_class, engine_options)  # before any weight is read
         model = _default_model() if model is None else model
-        self.tokenizer = _load_tokenizer(model, load_format, tokenizer)
+        if load_format != "dummy":
+            model = resolve_model_directory(model)
+        self.tokenizer = _load_tokenizer(model, tokenizer)
         self.model = load_model(
             model, load_format=load_format, dtype=dtype, device=device, seed=seed
         )
         config = self._limit_model_len(config, was_given="max_model_len" in engine_options)
-        self.engine = self.engine_class(config, self.model)
+        with kv_cache_allocation():
+            self.engine = self.engine_class(config, self.model)
         policy = getattr(config, "scheduling_policy", "fcfs")
         eos_token_ids = self.model.config.eos_token_ids
         if not eos_token_ids and self.tokenizer is not None:
@@ -222,15 +226,9 @@ def _default_model() -> Path:
     return DEFAULT_MODEL
 
 
-def _load_tokenizer(
-    model: str | Path, load_format: str, tokenizer: str | Path | None
-) -> Tokenizer | None:
-    """The named tokenizer, or the model's; None if its directory or preset has none."""
+def _load_tokenizer(model: str | Path, tokenizer: str | Path | None) -> Tokenizer | None:
+    """The named tokenizer, or the model's; None if its directory has none, or it is a preset."""
     if tokenizer is not None:
         return Tokenizer(tokenizer)
-    path = Path(model)
-    if path.is_dir():
-        has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
-    else:
-        has_tokenizer = load_format != "dummy" and not path.is_absolute()  # else a Hub id
+    has_tokenizer = any((Path(model) / name).is_file() for name in _TOKENIZER_FILES)
     return Tokenizer(model) if has_tokenizer else None

@@ -1,7 +1,8 @@
-"""How much memory the KV cache may take when nobody says."""
+"""How much memory the KV cache may take when nobody says, and what to say when it is too much."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -54,6 +55,20 @@ def run_largest_sampling(sampler: Sampler, num_rows: int, dtype: torch.dtype) ->
     ]
     logits = torch.randn(num_rows, sampler.vocab_size, device=sampler.device).to(dtype)
     sampler.sample(logits, sampler.prepare(requests)).to_host()
+
+
+@contextmanager
+def kv_cache_allocation() -> Iterator[None]:
+    """Around making an engine: memory that torch cannot get is a ValueError that says so."""
+    try:
+        yield
+    except RuntimeError as error:  # on CUDA OutOfMemoryError, on a CPU nothing more special
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"the KV cache does not fit beside the weights ({reason}); lower kv_cache_bytes"
+        ) from error
 
 
 def _free_host_bytes() -> int:

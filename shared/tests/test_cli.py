@@ -354,7 +354,7 @@ def benchmark_calls(monkeypatch):
     return calls
 
 
-def test_bench_writes_the_result_and_prints_table_and_json(run, benchmark_calls, tmp_path):
+def test_bench_writes_the_result_and_prints_a_table(run, benchmark_calls, tmp_path):
     output = tmp_path / "new" / "result.json"
     status, out, _ = run(
         "bench", "--workload", "fixed:batch=2,input=4,output=3", "--output", str(output),
@@ -363,14 +363,20 @@ def test_bench_writes_the_result_and_prints_table_and_json(run, benchmark_calls,
     assert status == 0
     assert json.loads(output.read_text()) == RESULT
     assert list(output.parent.iterdir()) == [output]
-    summary = json.loads(out.splitlines()[-1])
-    assert summary["output_tokens_per_s"] == 12.34 and "steps" not in summary
+    assert out.splitlines()[-1] == f"  every request and step in {output}"
     assert "2 requests of 256" in out and "1.00 / 2.00 ms" in out
     ((llm, workload, kwargs),) = benchmark_calls
     assert llm is run.made[-1] and len(workload.requests) == 2
     assert kwargs["stage"] == type(llm).__module__.partition(".")[0]
     assert (kwargs["seed"], kwargs["gate_requests"], kwargs["gate_tokens"]) == (5, 1, 2)
     assert kwargs["warmup_tokens"] == 3 and kwargs["load_format"] == "auto"
+
+
+def test_bench_without_a_file_prints_the_summary_as_json(run, benchmark_calls):
+    status, out, _ = run("bench", "--workload", "fixed:batch=2,input=4,output=3")
+    summary = json.loads(out.splitlines()[-1])
+    assert status == 0 and len(benchmark_calls) == 1
+    assert summary["output_tokens_per_s"] == 12.34 and "steps" not in summary
 
 
 def test_bench_refuses_a_folder_as_output_and_an_unknown_workload(run, benchmark_calls, tmp_path):

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from folovllm import CompletionOutput, SamplingParams
 from folovllm.llm import LLM
@@ -487,6 +488,27 @@ def test_missing_embedded_model_says_how_to_fetch_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="python -m m0_infra fetch"):
         ScriptedLLM()
+
+
+def test_name_that_can_be_no_model_is_refused_before_the_network_is_asked(monkeypatch):
+    monkeypatch.setattr("folovllm.llm.Tokenizer", None)
+    with pytest.raises(FileNotFoundError, match="nonexistent does not exist.*a Hub id such as"):
+        ScriptedLLM("nonexistent")
+
+
+def test_cache_that_no_memory_can_hold_is_refused_and_other_failures_are_not_hidden(
+    make_llm, monkeypatch
+):
+    def make_engine(config, model):
+        if model.config.max_position_embeddings == 512:
+            torch.zeros(2**60, dtype=torch.uint8)
+        raise RuntimeError("another failure")
+
+    monkeypatch.setattr(ScriptedLLM, "engine_class", staticmethod(make_engine))
+    with pytest.raises(ValueError, match="does not fit.*lower kv_cache_bytes"):
+        make_llm()
+    with pytest.raises(RuntimeError, match="another failure"):
+        make_llm(max_positions=256)
 
 
 def test_unknown_arguments_of_generate_are_refused(make_llm):

@@ -194,6 +194,7 @@ def test_config_that_we_would_compute_wrongly_is_refused(
     ("model", "options", "error", "message"),
     [
         ("./nowhere", {}, FileNotFoundError, "m0_infra fetch"),
+        ("qwen3-0.6b", {}, ValueError, "is a preset.*--load-format dummy"),
         ("qwen3-0.7b", {"load_format": "dummy"}, ValueError, "llama-3.1-8b, qwen3-0.6b, qwen3-8b"),
         (".", {"load_format": "pickle"}, ValueError, "load_format must be"),
         (".", {"device": "tpu"}, ValueError, "device must be auto"),

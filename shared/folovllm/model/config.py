@@ -110,12 +110,16 @@ class ModelConfig:
             eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or ()),
         )
 
+    @staticmethod
+    def preset_names() -> tuple[str, ...]:
+        return tuple(sorted(_presets()))
+
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
         """The shape of a published model, for benchmarks with random weights."""
         presets = _presets()
         if name not in presets:
-            raise ValueError(f"no preset {name!r}; there are {', '.join(sorted(presets))}")
+            raise ValueError(f"no preset {name!r}; there are {', '.join(cls.preset_names())}")
         return cls.from_hf(presets[name])
 
     @property

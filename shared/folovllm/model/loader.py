@@ -102,6 +102,11 @@ def resolve_model_directory(model: str | Path) -> Path:
     if directory.is_dir():
         return directory
     name = str(model)
+    if name in ModelConfig.preset_names():
+        raise ValueError(
+            f"{name} is a preset, a model's shape without weights; add load_format='dummy' "
+            f"(--load-format dummy) for random ones, or give a directory or a Hub id"
+        )
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"model directory {name} does not exist; give a directory with config.json and "
