@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from .columns import COLUMNS, PREFIX_MARK, make_rows, table_cells
 from .results import Result, lookup
 
+_WIDE_SPREAD = 2.0
+"""Fastest over slowest run of a stage from which a reader is warned."""
+
 
 def footnotes(results: Sequence[Result]) -> list[str]:
     """What a reader must know to read the table: setting, medians, prefixes, unchecked peers."""
@@ -22,6 +25,14 @@ def footnotes(results: Sequence[Result]) -> list[str]:
             notes.append(
                 f"{PREFIX_MARK} {row.result['stage']} answered only the first "
                 f"{workload['num_requests']} requests; its rates and times are of those."
+            )
+        low, high = (
+            lookup(row.result, f"spread.output_tokens_per_s.{end}") for end in ("min", "max")
+        )
+        if low and high and high > _WIDE_SPREAD * low:
+            notes.append(
+                f"{row.result['stage']}: its runs differ by {high / low:.1f} times; something else "
+                f"used the machine, so do not compare this row with others."
             )
         reason = lookup(row.result, "gate.not_comparable")
         if reason is not None:

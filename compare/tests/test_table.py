@@ -60,6 +60,13 @@ def test_spread_shows_slowest_and_fastest_repeat():
     assert table_cells([merged])[1][-1] == expected
 
 
+def test_runs_that_differ_too_much_carry_a_warning():
+    steady = merge_runs([make_run(rate=rate) for rate in (20.0, 21.0, 39.0)])
+    wild = merge_runs([make_run(rate=rate) for rate in (10.0, 20.0, 21.0)])
+    assert not any("differ by" in note for note in footnotes([steady]))
+    assert any("m1_baseline: its runs differ by 2.1 times" in note for note in footnotes([wild]))
+
+
 def test_terminal_table_wraps_columns_and_keeps_every_value():
     narrow = terminal_table(results(), 80)
     assert all(len(line) <= 80 for line in narrow.split("some CPU")[0].splitlines())

@@ -500,7 +500,7 @@ def test_cache_that_no_memory_can_hold_is_refused_and_other_failures_are_not_hid
     make_llm, monkeypatch
 ):
     def make_engine(config, model):
-        if model.config.max_position_embeddings == 512:
+        if model.config.max_context_len == 512:
             torch.zeros(2**60, dtype=torch.uint8)
         raise RuntimeError("another failure")
 
