@@ -19,6 +19,8 @@ class Profile:
     """Stages too slow for the whole workload, and the beginning of it that they run."""
     engine_options: Mapping[str, str] = field(default_factory=dict)
     """EngineConfig values that suit the workload, for the stages that know them."""
+    bench_options: Mapping[str, str] = field(default_factory=dict)
+    """Further options of `bench`."""
 
 
 CPU_PROFILE = Profile(
@@ -27,6 +29,7 @@ CPU_PROFILE = Profile(
     model=None,
     dtype="float32",
     engine_options={"max_model_len": "1024", "kv_cache_bytes": "1GiB"},
+    bench_options={"gate_tokens": "8"},
 )
 """Three engines, three repeats, within minutes on two slow cores; float32 for the exact gate."""
 

@@ -47,6 +47,7 @@ def _settings(
         "dtype": options.dtype or profile.dtype,
         "device": options.device,
         "seed": str(options.seed),
+        **profile.bench_options,
     }
     if options.stage_workload or options.workload:
         stage_workloads = _stage_workloads(options.stage_workload, stages)

@@ -242,6 +242,7 @@ def test_profile_brings_the_engine_options_that_suit_its_workload(root):
     assert seen["--workload"] == CPU_PROFILE.workload
     assert seen["--max-model-len"] == CPU_PROFILE.engine_options["max_model_len"]
     assert "--kv-cache-bytes" not in seen, "the fake stage has no such option"
+    assert seen["--gate-tokens"] == CPU_PROFILE.bench_options["gate_tokens"]
     assert main([*base, "--max-model-len", "512"]) == 0
     assert calls(root)[-1][1]["--max-model-len"] == "512"
 

@@ -54,7 +54,9 @@ class StepStats:
     """Requests holding KV cache."""
     num_waiting: int
     num_preemptions: int
-    """Requests that lost their KV cache in this step."""
+    """Requests that had to give up their place on the device in this step."""
+    num_swapped_tokens: int = 0
+    """Tokens' worth of cache that moved between device and host memory in this step."""
     num_kv_tokens_live: int
     """Tokens whose keys and values the cache holds for unfinished requests."""
     num_kv_tokens_reserved: int

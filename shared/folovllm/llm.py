@@ -7,8 +7,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .beam_search import (
+    BeamSearchOutput,
+    BeamSearchParams,
+    BeamSearchSequence,
+    FinishedBeam,
+    search_beams,
+)
 from .engine_options import build_config
-from .interfaces import Engine
+from .interfaces import Engine, StepOutput
 from .memory import kv_cache_allocation
 from .model import load_model, resolve_model_directory
 from .output_processor import OutputProcessor, PromptState
@@ -135,6 +142,36 @@ class LLM:
         (state,) = self._requests.build([parsed], sampling_params, None)
         return self._stream(state)
 
+    def beam_search(
+        self, prompts: PromptInput | Sequence[PromptInput], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` likeliest outputs of each prompt that beam search finds, best first.
+
+        ValueError if a prompt cannot be one, or leaves no room for `max_tokens`.
+        """
+        vocab_size = self.model.config.vocab_size
+        parsed = [
+            parse_prompt(item, index, self.tokenizer, vocab_size)
+            for index, item in enumerate(split_prompts(prompts))
+        ]
+        searches = search_beams(
+            self.engine,
+            self._step_engine,
+            [prompt.token_ids for prompt in parsed],
+            params,
+            self._requests.eos_token_ids,
+            self._requests.max_model_len,
+        )
+        return [
+            BeamSearchOutput(list(map(self._describe_beam, search.finished))) for search in searches
+        ]
+
+    def _describe_beam(self, beam: FinishedBeam) -> BeamSearchSequence:
+        text = None
+        if self.tokenizer is not None:
+            text = self.tokenizer.decode(beam.token_ids, skip_special_tokens=True)
+        return BeamSearchSequence(beam.token_ids, beam.cum_logprob, text)
+
     def render_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True
     ) -> Prompt:
@@ -199,10 +236,19 @@ class LLM:
                 f"{len(waited_for)} prompts are unfinished: their requests were lost, or aborted "
                 f"behind the back of this LLM"
             )
-        processed = self._outputs.process(self.engine.step(), time.perf_counter())
+        finished: list[PromptState] = []
+        self._step_engine(finished)
+        return finished
+
+    def _step_engine(self, finished: list[PromptState] | None = None) -> StepOutput:
+        """One engine step; everybody's tokens are recorded, finished prompts appended."""
+        output = self.engine.step()
+        processed = self._outputs.process(output, time.perf_counter())
         for request_id in processed.stopped_request_ids:
             self.engine.abort_request(request_id)
-        return processed.finished_prompts
+        if finished is not None:
+            finished += processed.finished_prompts
+        return output
 
     def _limit_model_len(self, config: Any, was_given: bool) -> Any:
         """The config with a `max_model_len` that the model can attend to."""

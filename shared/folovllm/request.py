@@ -19,7 +19,10 @@ class RequestStatus(Enum):
     """Where a request is in its life; only `FINISHED` is final."""
 
     WAITING = auto()
+    """Not started, or preempted and to be computed again; holds no KV cache."""
     RUNNING = auto()
+    SWAPPED = auto()
+    """Preempted, with its keys and values in host memory."""
     FINISHED = auto()
 
 
@@ -137,6 +140,8 @@ class Request:
     """Key of this request's random numbers; the n-th output token uses counter n."""
     priority: int = 0
     """Lower runs first under the priority policy."""
+    fork_of: "Request | None" = None
+    """A request with the same prompt, whose computed keys and values this one may share."""
     arrival_time: float = 0.0
     """Seconds, on the clock of whoever made the request."""
     status: RequestStatus = RequestStatus.WAITING

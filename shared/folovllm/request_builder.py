@@ -32,8 +32,8 @@ class RequestBuilder:
         """scheduling_policy: "priority" is the only one under which priorities may be given."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._max_model_len = max_model_len
-        self._eos_token_ids = eos_token_ids
+        self.max_model_len = max_model_len
+        self.eos_token_ids = eos_token_ids
         self._seed = seed
         self._scheduling_policy = scheduling_policy
         self._num_prompts = 0
@@ -61,15 +61,16 @@ class RequestBuilder:
         self, prompt: Prompt, params: SamplingParams, priority: int, arrival_time: float
     ) -> PromptState:
         prompt_id = str(self._num_prompts)
-        completions = []
+        completions: list[CompletionState] = []
         for child in range(params.n):
             request = Request(
                 request_id=prompt_id if params.n == 1 else f"{prompt_id}-{child}",
                 prompt_token_ids=prompt.token_ids,
                 sampling_params=params if params.n == 1 else replace(params, n=1),
-                eos_token_ids=self._eos_token_ids,
+                eos_token_ids=self.eos_token_ids,
                 seed=self._seed_of(params, child),
                 priority=priority,
+                fork_of=completions[0].request if completions else None,
                 arrival_time=arrival_time,
             )
             completions.append(CompletionState(request, child, self._tokenizer))
@@ -98,11 +99,11 @@ class RequestBuilder:
             )
         if params.max_tokens is not None:
             return params
-        room = self._max_model_len - len(prompt.token_ids)
+        room = self.max_model_len - len(prompt.token_ids)
         if room < 1:
             raise ValueError(
                 f"prompt {index} has {len(prompt.token_ids)} tokens and leaves no room for an "
-                f"output within max_model_len={self._max_model_len}; shorten the prompt or raise "
+                f"output within max_model_len={self.max_model_len}; shorten the prompt or raise "
                 f"max_model_len"
             )
         return replace(params, max_tokens=room)

@@ -1,0 +1,175 @@
+"""Turns a SchedulerOutput into tensors, runs the model, samples."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from folovllm.interfaces import SamplerOutput
+from folovllm.memory import profile_kv_cache_bytes, run_largest_sampling
+from folovllm.model import CausalLM, kv_bytes_per_token
+from folovllm.request import Request, SamplingParams
+from folovllm.sampling import Sampler
+from folovllm.transfer import upload
+
+from .attention import Attention, AttentionMetadata, find_context_rows
+from .config import EngineConfig
+from .kv_cache import KVCache
+from .scheduler import ScheduledRequest, SchedulerOutput
+
+_SEQ_LEN_MULTIPLE = 16
+"""Tokens; attention's padded length is a multiple of this."""
+
+
+@dataclass(frozen=True)
+class InputBatch:
+    """The tokens of one step, packed end to end."""
+
+    input_ids: torch.Tensor
+    """[num_tokens] int64"""
+    positions: torch.Tensor
+    """[num_tokens] int64, each token's index in its own sequence"""
+    logits_indices: torch.Tensor
+    """[num_requests] int64, each request's last row in the packed batch"""
+    attention: AttentionMetadata
+
+
+class ModelRunner:
+    """Owns the model and the KV cache tensors; keeps no state about requests."""
+
+    def __init__(self, config: EngineConfig, model: CausalLM) -> None:
+        self.config = config
+        self.model = model
+        self.sampler = Sampler(model.config.vocab_size, model.device)
+        num_bytes = config.kv_cache_bytes
+        if num_bytes is None:
+            num_bytes = profile_kv_cache_bytes(
+                model.device, config.gpu_memory_utilization, self._run_largest_step
+            )
+        self._use_cache(num_bytes)
+
+    @torch.inference_mode()
+    def execute(self, scheduler_output: SchedulerOutput) -> SamplerOutput:
+        """Run one step; return one token per scheduled request, in their order."""
+        self.kv_cache.copy_blocks(scheduler_output.block_copies)
+        if not scheduler_output.scheduled:
+            return SamplerOutput(token_ids=[], logprobs=[])
+        batch = self.prepare_inputs(scheduler_output)
+        sampling = self.sampler.prepare([s.request for s in scheduler_output.scheduled])
+        attend = partial(self.attention.forward, batch.attention)
+        hidden = self.model(batch.input_ids, batch.positions, attend)
+        logits = self.model.compute_logits(hidden[batch.logits_indices])
+        return self.sampler.sample(logits, sampling).to_host()
+
+    def prepare_inputs(self, scheduler_output: SchedulerOutput) -> InputBatch:
+        """Gather what the model reads, on the host, and upload it in one copy.
+
+        Costs O(num_requests) Python and O(num_tokens) numpy.
+        """
+        scheduled = scheduler_output.scheduled
+        starts = np.array([s.request.num_computed_tokens for s in scheduled], dtype=np.int64)
+        query_lens = np.array([s.num_scheduled_tokens for s in scheduled], dtype=np.int64)
+        token_ids: list[int] = []
+        for s, start in zip(scheduled, starts.tolist(), strict=True):
+            token_ids += s.request.token_ids[start : start + s.num_scheduled_tokens]
+        # query_lens [2, 3] -> ends [2, 5], offsets in the own request [0, 1, 0, 1, 2]
+        ends = np.cumsum(query_lens)
+        offsets = np.arange(ends[-1]) - np.repeat(ends - query_lens, query_lens)
+        positions = np.repeat(starts, query_lens) + offsets
+
+        num_rows, max_query_len = len(scheduled), int(query_lens.max())
+        rows = np.repeat(np.arange(num_rows), query_lens)
+        block_tables = pad_block_tables(scheduled)
+        block_size = self.config.block_size
+        slot_mapping = block_tables[rows, positions // block_size] * block_size
+        slot_mapping += positions % block_size
+
+        packed_to_padded = rows * max_query_len + offsets
+        padded_to_packed = np.zeros(num_rows * max_query_len, dtype=np.int64)
+        padded_to_packed[packed_to_padded] = np.arange(ends[-1])
+        # Padding queries sit at position 0 and see one key: never an empty softmax.
+        query_positions = np.zeros(num_rows * max_query_len, dtype=np.int64)
+        query_positions[packed_to_padded] = positions
+        host_arrays = (
+            np.array(token_ids, dtype=np.int64),
+            positions,
+            ends - 1,
+            slot_mapping,
+            block_tables,
+            starts + query_lens,
+            packed_to_padded,
+            padded_to_packed,
+            query_positions.reshape(num_rows, 1, max_query_len, 1),
+        )
+        return self._upload(host_arrays, int((starts + query_lens).max()))
+
+    def _upload(self, host_arrays: tuple[np.ndarray, ...], max_seq_len: int) -> InputBatch:
+        device = self.model.device
+        # Matrix kernels that load 16 bytes at a time need rows of scores that start aligned:
+        # an odd length costs more than the masked keys that round it up.
+        padded_seq_len = -(-max_seq_len // _SEQ_LEN_MULTIPLE) * _SEQ_LEN_MULTIPLE
+        (
+            input_ids,
+            positions,
+            logits_indices,
+            slot_mapping,
+            block_tables,
+            seq_lens,
+            packed_to_padded,
+            padded_to_packed,
+            query_positions,
+        ) = upload(host_arrays, device)
+        attention = AttentionMetadata(
+            slot_mapping=slot_mapping,
+            context_rows=find_context_rows(
+                block_tables,
+                seq_lens,
+                padded_seq_len,
+                self.config.block_size,
+                self.model.config.num_kv_heads,
+            ),
+            packed_to_padded=packed_to_padded,
+            padded_to_packed=padded_to_packed,
+            is_hidden=torch.arange(padded_seq_len, device=device) > query_positions,
+        )
+        return InputBatch(input_ids, positions, logits_indices, attention)
+
+    def _use_cache(self, num_bytes: int) -> None:
+        self.kv_cache = KVCache(self.config, self.model, num_bytes)
+        self.attention = Attention(self.kv_cache, self.model.kernels)
+
+    def _run_largest_step(self) -> None:
+        """Compute as many of the longest prompts as one step takes, in a cache of their size."""
+        max_model_len = self.config.max_model_len
+        num_blocks = -(-max_model_len // self.config.block_size)
+        num_requests = min(
+            self.config.max_num_batched_tokens // max_model_len, self.config.max_num_seqs
+        )
+        block_bytes = self.config.block_size * kv_bytes_per_token(
+            self.model.config, self.model.dtype
+        )
+        self._use_cache(num_requests * num_blocks * block_bytes)
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        scheduled = tuple(
+            ScheduledRequest(
+                Request(
+                    request_id=f"profile-{index}",
+                    prompt_token_ids=[0] * max_model_len,
+                    sampling_params=params,
+                ),
+                max_model_len,
+                tuple(range(index * num_blocks, (index + 1) * num_blocks)),
+            )
+            for index in range(num_requests)
+        )
+        self.execute(SchedulerOutput(scheduled=scheduled, block_copies=()))
+        run_largest_sampling(self.sampler, self.config.max_num_seqs, self.model.dtype)
+
+
+def pad_block_tables(scheduled: tuple[ScheduledRequest, ...]) -> np.ndarray:
+    """[num_requests, max_num_blocks] int64; the padding is never looked up."""
+    padded = np.zeros((len(scheduled), max(len(s.block_table) for s in scheduled)), dtype=np.int64)
+    for row, s in zip(padded, scheduled, strict=True):
+        row[: len(s.block_table)] = s.block_table
+    return padded
