@@ -56,6 +56,8 @@ class Scheduler:
         """In order; so is `running`."""
         self.running: list[Request] = []
         self.arrivals = count()
+        self.open_step: SchedulerOutput | None = None
+        """Scheduled and not yet recorded by `update`."""
 
     def add_request(self, request: Request) -> None:
         if request.request_id in self.requests:
@@ -83,16 +85,27 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Bring swapped requests back, start prompts; if none can, advance all that runs."""
+        if self.open_step is not None:
+            self._start_over()
         block_copies: list[BlockCopy] = []
         self._resume_swapped(block_copies)
         num_held = len(self.running)
         scheduled = self._schedule_waiting(block_copies)
-        if scheduled:
-            return SchedulerOutput(tuple(scheduled), tuple(block_copies))
-        scheduled = self._schedule_running(block_copies)
-        return SchedulerOutput(
-            tuple(scheduled), tuple(block_copies), num_preemptions=num_held - len(self.running)
-        )
+        num_preemptions = 0
+        if not scheduled:
+            scheduled = self._schedule_running(block_copies)
+            num_preemptions = num_held - len(self.running)
+        self.open_step = SchedulerOutput(tuple(scheduled), tuple(block_copies), num_preemptions)
+        return self.open_step
+
+    def _start_over(self) -> None:
+        """Compute everybody again: the last step broke off, and with it some of its copies.
+
+        Whether a block was copied before the interruption cannot be known, so no block is trusted.
+        """
+        for request in (*self.running, *self.swapped):
+            self._queue_again(request)
+        self.running, self.swapped = [], []
 
     def _resume_swapped(self, block_copies: list[BlockCopy]) -> None:
         while self.swapped and len(self.running) < self.config.max_num_seqs:
@@ -156,6 +169,9 @@ class Scheduler:
                 request.status = RequestStatus.SWAPPED
                 insort(self.swapped, request, key=self._place)
                 return
+        self._queue_again(request)
+
+    def _queue_again(self, request: Request) -> None:
         self._forget(request)
         request.status = RequestStatus.WAITING
         heapq.heappush(self.waiting, (self._place(request), request))
@@ -198,6 +214,7 @@ class Scheduler:
         self, scheduler_output: SchedulerOutput, sampler_output: SamplerOutput
     ) -> StepOutput:
         """Record a finished step: append the sampled tokens, let finished requests go."""
+        self.open_step = None
         tokens = []
         for scheduled, token_id, logprobs in zip(
             scheduler_output.scheduled,

@@ -1,6 +1,7 @@
 """Pools so small that requests give way to each other, forks, and both at once."""
 
 import random
+from itertools import count
 
 import pytest
 import torch
@@ -196,6 +197,43 @@ def test_fork_of_a_parent_that_is_gone_computes_its_own_prompt(toy_model) -> Non
     drain(engine, [])
     assert child.output_token_ids == parent.output_token_ids
     assert parent.status is RequestStatus.FINISHED
+
+
+@pytest.mark.parametrize("where", ["copy_blocks", "prepare_inputs"])
+@pytest.mark.parametrize("mode", PreemptionMode)
+def test_step_that_breaks_off_loses_no_copies_and_no_tokens(
+    toy_model, monkeypatch, mode, where
+) -> None:
+    prompts = random_prompts(seed=6, count=3, vocab_size=199, min_len=9, max_len=14)
+    engine = make_engine(toy_model, num_blocks=18, preemption_mode=mode)
+    requests, expected = [], []
+    for index, prompt in enumerate(prompts):
+        family = forks(prompt, 2, RANDOM)
+        for request in family:
+            request.request_id = f"{index}-{request.request_id}"
+        requests += family
+        expected += tokens_alone(toy_model, [prompt] * 2, RANDOM)
+    runner = engine.model_runner
+    owner = runner.kv_cache if where == "copy_blocks" else runner
+    original, calls = getattr(owner, where), count()
+
+    def breaks_off_now_and_then(argument):
+        if next(calls) % 7 == 3:
+            raise KeyboardInterrupt
+        return original(argument)
+
+    monkeypatch.setattr(owner, where, breaks_off_now_and_then)
+    for request in requests:
+        engine.add_request(request)
+    num_interrupts = 0
+    while engine.has_unfinished_requests():
+        try:
+            check_step(engine, engine.step())
+            check_blocks(engine)
+        except KeyboardInterrupt:
+            num_interrupts += 1
+    assert num_interrupts > 5
+    assert [request.output_token_ids for request in requests] == expected
 
 
 @pytest.mark.parametrize("seed", range(25))
