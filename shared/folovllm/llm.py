@@ -1,4 +1,4 @@
-"""The offline interface over any stage's engine: `LLM.generate`, `LLM.chat`, `LLM.stream`."""
+"""The offline interface over any stage's engine: `generate`, `chat`, `stream`, `beam_search`."""
 
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
