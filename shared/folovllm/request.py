@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 
 from .setting_checks import (
     checked_bias,
@@ -115,6 +116,19 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @cached_property
+    def has_only_temperature(self) -> bool:
+        """Whether tokens follow from logits and temperature alone, and nothing is reported."""
+        rules = (self.logit_bias, self.min_tokens, self.min_p)
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0)
+        return (
+            not any(rules)
+            and not any(penalties)
+            and self.logprobs is None
+            and self.top_k <= 0
+            and self.top_p == 1.0
+        )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -110,6 +110,14 @@ class Sampler:
                 self.validate(request)
             raise
 
+    def collect_noise(self, requests: Sequence[Request]) -> list[np.ndarray] | None:
+        """What sampling by temperature alone needs, for whoever samples inside a captured graph.
+
+        The arrays of `Noise`, row i for `requests[i]`; an empty list if all are greedy; None if
+        some request has other rules or wants log-probabilities, which `prepare` and `sample` serve.
+        """
+        return SamplingTensors.collect_noise(requests)
+
     def sample(self, logits: torch.Tensor, tensors: SamplingTensors) -> SampledTokens:
         """Choose a token per row of logits [num_rows, vocab_size], of any float dtype.
 

@@ -94,6 +94,15 @@ class SamplingTensors:
             host["logprobs"] = LogprobsQuery.collect(num_top)
         return _on_device(host, num_top, device)
 
+    @staticmethod
+    def collect_noise(requests: Sequence[Request]) -> list[np.ndarray] | None:
+        """See `Sampler.collect_noise`."""
+        params = [request.sampling_params for request in requests]
+        if not all(p.has_only_temperature for p in params):
+            return None
+        temperatures = [p.temperature for p in params]
+        return Noise.collect(requests, temperatures) if any(temperatures) else []
+
     def edit(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the logits [num_rows, vocab_size] that tokens are drawn from, less temperature.
 

@@ -143,9 +143,14 @@ class CausalLM:
             x = layer(x, residual, cos_sin, attend)
         return self.kernels.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [num_rows, hidden_size]; result: [num_rows, vocab_size] in the model's dtype."""
-        return F.linear(hidden, self.lm_head)
+    def compute_logits(
+        self, hidden: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """hidden: [num_rows, hidden_size]; result: [num_rows, vocab_size] in the model's dtype.
+
+        The result is written to `out` if that is given, a tensor of its shape.
+        """
+        return torch.mm(hidden, self.lm_head.t(), out=out)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(dotted name, tensor) of every weight, in order; tied embeddings come once."""

@@ -1,0 +1,154 @@
+"""Turns a SchedulerOutput into tensors, runs the model, samples."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from folovllm.interfaces import SamplerOutput
+from folovllm.kernels.random import select_choose_tokens
+from folovllm.memory import profile_kv_cache_bytes, run_largest_sampling
+from folovllm.model import CausalLM, kv_bytes_per_token
+from folovllm.request import Request, SamplingParams
+from folovllm.sampling import SampledTokens, Sampler
+from folovllm.sampling_tensors import Noise
+from folovllm.transfer import upload
+
+from .attention import AttentionMetadata, TorchAttention, select_attention
+from .block_tables import BlockTables
+from .config import EngineConfig
+from .cuda_graph import DecodeGraph, DecodeGraphs, capture_sizes
+from .input_batch import HostBatch, InputBatch
+from .kv_cache import KVCache
+from .scheduler import ScheduledRequest, SchedulerOutput
+
+
+class ModelRunner:
+    """Owns the model and the KV cache tensors, and copies of the block tables on the device."""
+
+    def __init__(self, config: EngineConfig, model: CausalLM) -> None:
+        self.config = config
+        self.model = model
+        self.sampler = Sampler(model.config.vocab_size, model.device)
+        self.graphs: DecodeGraphs | None = None
+        num_bytes = config.kv_cache_bytes
+        if num_bytes is None:
+            num_bytes = profile_kv_cache_bytes(
+                model.device, config.gpu_memory_utilization, self._run_largest_step
+            )
+        self._use_cache(num_bytes)
+        # The reference asks the device for lengths, which a captured step cannot.
+        can_capture = not isinstance(self.attention, TorchAttention)
+        if model.device.type == "cuda" and can_capture and not config.enforce_eager:
+            self.graphs = self._capture()
+
+    @torch.inference_mode()
+    def execute(self, scheduler_output: SchedulerOutput) -> SamplerOutput:
+        """Run one step; return one token per scheduled request, in their order."""
+        self.kv_cache.copy_blocks(scheduler_output.block_copies)
+        if not scheduler_output.scheduled:
+            return SamplerOutput(token_ids=[], logprobs=[])
+        requests = [s.request for s in scheduler_output.scheduled]
+        batch = self.prepare_inputs(scheduler_output)
+        graph = self.graphs.find(batch) if self.graphs else None
+        if graph is not None:
+            return self._replay(graph, requests)
+        sampling = self.sampler.prepare(requests)
+        return self.sampler.sample(self._compute_logits(batch), sampling).to_host()
+
+    def prepare_inputs(self, scheduler_output: SchedulerOutput) -> InputBatch:
+        """Gather what the model reads, on the host, and upload it in one copy.
+
+        A decode step lands in the buffers of a captured graph, if there is one of its size.
+        """
+        scheduled = scheduler_output.scheduled
+        host = HostBatch.gather(scheduled, self.block_tables, self.config.block_size)
+        is_decode_step = len(host.input_ids) == host.num_requests
+        if self.graphs is not None and is_decode_step:
+            size = self.graphs.size_for(host.num_requests)
+            if size is not None:
+                return self.graphs.graphs[size].fill(host)
+        ends = np.cumsum(host.query_lens)
+        cu_seqlens_q = np.concatenate(([0], ends)).astype(np.int32)
+        tensors = upload((*host.columns(), cu_seqlens_q, ends - 1), self.model.device)
+        return InputBatch(*tensors, int(host.query_lens.min()), int(host.query_lens.max()))
+
+    def _compute_logits(
+        self, batch: InputBatch, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[num_requests, vocab_size], of each request's last token; into `out` if given."""
+        tables = self.block_tables.device
+        tables.view(-1).index_copy_(0, batch.table_entries, batch.last_block_ids)
+        metadata = AttentionMetadata(
+            cu_seqlens_q=batch.cu_seqlens_q,
+            seq_lens=batch.seq_lens,
+            block_tables=tables.index_select(0, batch.table_rows),
+            slot_mapping=batch.slot_mapping,
+            min_query_len=batch.min_query_len,
+            max_query_len=batch.max_query_len,
+        )
+        attend = partial(self.attention.forward, metadata)
+        hidden = self.model(batch.input_ids, batch.positions, attend)
+        if batch.max_query_len > 1:
+            hidden = hidden[batch.logits_indices]
+        return self.model.compute_logits(hidden, out)
+
+    def _replay(self, graph: DecodeGraph, requests: Sequence[Request]) -> SamplerOutput:
+        noise = self.sampler.collect_noise(requests)
+        if noise is not None:
+            graph.set_noise(noise)
+            graph.graph.replay()
+            choices = graph.choices.cpu()[:, : len(requests)]
+            return SampledTokens(choices, logprobs=None).to_host()
+        # Rules beyond temperature depend on the requests' histories: they run behind the graph.
+        sampling = self.sampler.prepare(requests)
+        graph.graph.replay()
+        return self.sampler.sample(graph.logits[: len(requests)], sampling).to_host()
+
+    @torch.inference_mode()
+    def _capture(self) -> DecodeGraphs:
+        max_size = min(self.config.max_graph_size, self.config.max_num_seqs)
+        choose_tokens = select_choose_tokens(self.model.device)
+
+        def run_step(batch: InputBatch, noise: Noise, logits: torch.Tensor) -> torch.Tensor:
+            self._compute_logits(batch, logits)
+            return choose_tokens(logits, noise.temperatures, noise.seeds, noise.positions)
+
+        vocab_size, model = self.model.config.vocab_size, self.model
+        logits = torch.empty((max_size, vocab_size), dtype=model.dtype, device=model.device)
+        padding = HostBatch.padding(self.block_tables)
+        return DecodeGraphs(capture_sizes(max_size), padding, logits, run_step)
+
+    def _use_cache(self, num_bytes: int) -> None:
+        self.kv_cache = KVCache(self.config, self.model, num_bytes)
+        self.attention = select_attention(self.config, self.model, self.kv_cache)
+        num_columns = -(-self.config.max_model_len // self.config.block_size)
+        self.block_tables = BlockTables(self.config.max_num_seqs, num_columns, self.model.device)
+
+    def _run_largest_step(self) -> None:
+        """Compute as many of the longest prompts as one step takes, in a cache of their size."""
+        max_model_len = self.config.max_model_len
+        num_blocks = -(-max_model_len // self.config.block_size)
+        num_requests = min(
+            self.config.max_num_batched_tokens // max_model_len, self.config.max_num_seqs
+        )
+        block_bytes = self.config.block_size * kv_bytes_per_token(
+            self.model.config, self.model.dtype
+        )
+        self._use_cache(num_requests * num_blocks * block_bytes)
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        scheduled = tuple(
+            ScheduledRequest(
+                Request(
+                    request_id=f"profile-{index}",
+                    prompt_token_ids=[0] * max_model_len,
+                    sampling_params=params,
+                ),
+                max_model_len,
+                range(index * num_blocks, (index + 1) * num_blocks),
+            )
+            for index in range(num_requests)
+        )
+        self.execute(SchedulerOutput(scheduled=scheduled, block_copies=()))
+        run_largest_sampling(self.sampler, self.config.max_num_seqs, self.model.dtype)

@@ -1,0 +1,257 @@
+"""Which requests run in the next step, and how many tokens of each."""
+
+import heapq
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from folovllm.interfaces import SamplerOutput, StepOutput, StepStats, TokenOutput
+from folovllm.request import FinishReason, Request, RequestStatus
+
+from .config import EngineConfig, PreemptionMode, SchedulingPolicy
+from .kv_cache_manager import BlockCopy, CopyKind, KVCacheManager
+
+
+@dataclass(frozen=True)
+class ScheduledRequest:
+    """One request's share of a step."""
+
+    request: Request
+    num_scheduled_tokens: int
+    block_table: Sequence[int]
+    """The manager's own list, not a copy: it holds until the next `schedule`."""
+
+
+@dataclass(frozen=True)
+class SchedulerOutput:
+    """What one step computes; empty when there is nothing to do."""
+
+    scheduled: tuple[ScheduledRequest, ...]
+    block_copies: tuple[BlockCopy, ...]
+    """To be performed in this order, before the forward pass"""
+    num_preemptions: int = 0
+
+
+class Scheduler:
+    """Requests join and leave the batch at every step (iteration-level scheduling, Orca).
+
+    First come, first served, or by priority and then first come. A step computes whole prompts
+    if any can start, else one token of every running request: a padded batch of both would be
+    mostly padding.
+
+    When a running request needs a block and none is free, the last in order gives way: its
+    blocks are swapped out or dropped, and it comes back before anybody who is behind it. A
+    request is admitted only if every running one could still take another block, so that whoever
+    comes back gets something done before the next preemption.
+    """
+
+    def __init__(self, config: EngineConfig, kv_cache_manager: KVCacheManager) -> None:
+        self.config = config
+        self.kv_cache_manager = kv_cache_manager
+        self.requests: dict[str, Request] = {}
+        self.order: dict[str, tuple[int, int]] = {}
+        """Request id -> (priority, order of arrival), kept through preemptions."""
+        self.waiting: list[tuple[tuple[int, int], Request]] = []
+        """A heap of (order, request)."""
+        self.swapped: list[Request] = []
+        """In order; so is `running`."""
+        self.running: list[Request] = []
+        self.arrivals = count()
+        self.open_step: SchedulerOutput | None = None
+        """Scheduled and not yet recorded by `update`."""
+
+    def add_request(self, request: Request) -> None:
+        if request.request_id in self.requests:
+            raise ValueError(
+                f"request id {request.request_id!r} is in use; give every request its own"
+            )
+        self.requests[request.request_id] = request
+        by_priority = self.config.scheduling_policy is SchedulingPolicy.PRIORITY
+        priority = request.priority if by_priority else 0
+        self.order[request.request_id] = (priority, next(self.arrivals))
+        heapq.heappush(self.waiting, (self._place(request), request))
+
+    def abort_request(self, request_id: str) -> None:
+        request = self.requests.get(request_id)
+        if request is None:
+            return
+        if request.status is RequestStatus.WAITING:
+            self.waiting = [entry for entry in self.waiting if entry[1] is not request]
+            heapq.heapify(self.waiting)
+        request.finish(FinishReason.ABORT)
+        self._release_finished()
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.requests)
+
+    def schedule(self) -> SchedulerOutput:
+        """Bring swapped requests back, start prompts; if none can, advance all that runs."""
+        if self.open_step is not None:
+            self._start_over()
+        block_copies: list[BlockCopy] = []
+        self._resume_swapped(block_copies)
+        num_held = len(self.running)
+        scheduled = self._schedule_waiting(block_copies)
+        num_preemptions = 0
+        if not scheduled:
+            scheduled = self._schedule_running(block_copies)
+            num_preemptions = num_held - len(self.running)
+        self.open_step = SchedulerOutput(tuple(scheduled), tuple(block_copies), num_preemptions)
+        return self.open_step
+
+    def _start_over(self) -> None:
+        """Compute everybody again: the last step broke off, and with it some of its copies.
+
+        Whether a block was copied before the interruption cannot be known, so no block is trusted.
+        """
+        for request in (*self.running, *self.swapped):
+            self._queue_again(request)
+        self.running, self.swapped = [], []
+
+    def _resume_swapped(self, block_copies: list[BlockCopy]) -> None:
+        while self.swapped and len(self.running) < self.config.max_num_seqs:
+            if self.waiting and self.waiting[0][0] < self._place(self.swapped[0]):
+                return
+            # The one that comes back wants to grow as well, unless it has the pool to itself.
+            num_spare_blocks = len(self.running) + 1 if self.running else 0
+            copies = self.kv_cache_manager.swap_in(self.swapped[0], num_spare_blocks)
+            if copies is None:
+                return
+            block_copies += copies
+            self._run(self.swapped.pop(0))
+
+    def _schedule_waiting(self, block_copies: list[BlockCopy]) -> list[ScheduledRequest]:
+        scheduled: list[ScheduledRequest] = []
+        num_batched_tokens = 0
+        while self.waiting and len(self.running) < self.config.max_num_seqs:
+            place, request = self.waiting[0]
+            if self.swapped and self._place(self.swapped[0]) < place:
+                break
+            if self._is_parent_starting(request):
+                break
+            self._share_prompt(request)
+            num_new_tokens = request.num_tokens - request.num_computed_tokens
+            num_batched_tokens += num_new_tokens
+            copies = None
+            if num_batched_tokens <= self.config.max_num_batched_tokens:
+                copies = self.kv_cache_manager.allocate_slots(
+                    request, num_new_tokens, num_spare_blocks=len(self.running)
+                )
+            if copies is None:
+                self._forget(request)
+                break
+            block_copies += copies
+            heapq.heappop(self.waiting)
+            self._run(request)
+            scheduled.append(self._scheduled(request, num_new_tokens))
+        return scheduled
+
+    def _schedule_running(self, block_copies: list[BlockCopy]) -> list[ScheduledRequest]:
+        """Serve from the head; whoever cannot get a block takes those of the tail."""
+        scheduled: list[ScheduledRequest] = []
+        while len(scheduled) < len(self.running):
+            request = self.running[len(scheduled)]
+            num_new_tokens = request.num_tokens - request.num_computed_tokens
+            copies = self.kv_cache_manager.allocate_slots(request, num_new_tokens)
+            if copies is None:
+                self._preempt(self.running.pop(), block_copies)
+                continue
+            block_copies += copies
+            scheduled.append(self._scheduled(request, num_new_tokens))
+        return scheduled
+
+    def _preempt(self, request: Request, block_copies: list[BlockCopy]) -> None:
+        """Take a request's blocks; it goes on where it was, or is computed from its prompt."""
+        if self.config.preemption_mode is PreemptionMode.SWAP:
+            copies = self.kv_cache_manager.swap_out(request)
+            if copies is not None:
+                block_copies += copies
+                request.status = RequestStatus.SWAPPED
+                insort(self.swapped, request, key=self._place)
+                return
+        self._queue_again(request)
+
+    def _queue_again(self, request: Request) -> None:
+        self._forget(request)
+        request.status = RequestStatus.WAITING
+        heapq.heappush(self.waiting, (self._place(request), request))
+
+    def _is_parent_starting(self, request: Request) -> bool:
+        """Whether the prompt to share is part of this very step: then the fork waits for it."""
+        parent = request.fork_of
+        return (
+            parent is not None
+            and parent.status is RequestStatus.RUNNING
+            and parent.num_computed_tokens < request.num_prompt_tokens - 1
+        )
+
+    def _share_prompt(self, request: Request) -> None:
+        """Let a fork start from its parent's blocks, if the parent has them on the device.
+
+        The fork keeps one prompt token to compute, so that it samples its own first token.
+        """
+        parent = request.fork_of
+        if parent is not None and parent.status is RequestStatus.RUNNING:
+            self.kv_cache_manager.share(parent, request, request.num_prompt_tokens - 1)
+
+    def _forget(self, request: Request) -> None:
+        """A waiting request holds no blocks, so that running ones can always finish."""
+        self.kv_cache_manager.free(request)
+        request.num_computed_tokens = 0
+
+    def _run(self, request: Request) -> None:
+        request.status = RequestStatus.RUNNING
+        insort(self.running, request, key=self._place)
+
+    def _place(self, request: Request) -> tuple[int, int]:
+        return self.order[request.request_id]
+
+    def _scheduled(self, request: Request, num_new_tokens: int) -> ScheduledRequest:
+        block_table = self.kv_cache_manager.block_tables[request.request_id]
+        return ScheduledRequest(request, num_new_tokens, block_table)
+
+    def update(
+        self, scheduler_output: SchedulerOutput, sampler_output: SamplerOutput
+    ) -> StepOutput:
+        """Record a finished step: append the sampled tokens, let finished requests go."""
+        self.open_step = None
+        tokens = []
+        for scheduled, token_id, logprobs in zip(
+            scheduler_output.scheduled,
+            sampler_output.token_ids,
+            sampler_output.logprobs,
+            strict=True,
+        ):
+            request = scheduled.request
+            request.num_computed_tokens += scheduled.num_scheduled_tokens
+            finish_reason = request.append_output_token(token_id)
+            tokens.append(TokenOutput(request.request_id, token_id, finish_reason, logprobs))
+        stats = self._stats(scheduler_output)
+        self._release_finished()
+        return StepOutput(tuple(tokens), stats)
+
+    def _release_finished(self) -> None:
+        finished = [r for r in self.requests.values() if r.status is RequestStatus.FINISHED]
+        for request in finished:
+            del self.requests[request.request_id], self.order[request.request_id]
+            self.kv_cache_manager.free(request)
+        if finished:
+            self.running = [r for r in self.running if r.status is RequestStatus.RUNNING]
+            self.swapped = [r for r in self.swapped if r.status is RequestStatus.SWAPPED]
+
+    def _stats(self, scheduler_output: SchedulerOutput) -> StepStats:
+        scheduled = scheduler_output.scheduled
+        copies = scheduler_output.block_copies
+        num_swapped_blocks = sum(copy.kind is not CopyKind.COPY_ON_WRITE for copy in copies)
+        return StepStats(
+            num_scheduled_tokens=sum(s.num_scheduled_tokens for s in scheduled),
+            num_scheduled_requests=len(scheduled),
+            num_running=len(self.running),
+            num_waiting=len(self.waiting) + len(self.swapped),
+            num_preemptions=scheduler_output.num_preemptions,
+            num_swapped_tokens=num_swapped_blocks * self.config.block_size,
+            num_kv_tokens_live=self.kv_cache_manager.num_live_tokens(self.running),
+            num_kv_tokens_reserved=self.kv_cache_manager.num_reserved_tokens,
+            num_kv_tokens_capacity=self.kv_cache_manager.num_tokens,
+        )
