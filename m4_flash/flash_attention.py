@@ -50,7 +50,7 @@ def _online_softmax(scores, scale, values, acc, row_max, row_sum):
 def _cache_offsets(
     table_ptr, keys, is_visible, block_stride, slot_stride, BLOCK_SIZE: tl.constexpr
 ):
-    """Where each key's row is in a layer's cache [num_blocks, block_size, num_kv_heads, head_dim]."""
+    """Where each key's row is in a layer's [num_blocks, block_size, num_kv_heads, head_dim]."""
     block_ids = tl.load(table_ptr + keys // BLOCK_SIZE, mask=is_visible, other=0)
     return block_ids.to(tl.int64) * block_stride + (keys % BLOCK_SIZE) * slot_stride
 
@@ -326,17 +326,14 @@ class _Tiles(NamedTuple):
 def _prefill_tiles(dim_block: int, dtype: torch.dtype) -> _Tiles:
     if dtype == torch.float32:  # for comparisons, not for speed: no tensor core computes it
         return _Tiles(queries=16, keys=32, num_warps=4, num_stages=1)
-    if dim_block <= 128:
-        return _Tiles(queries=128, keys=64, num_warps=8, num_stages=3)
-    return _Tiles(queries=64, keys=32, num_warps=4, num_stages=3)
+    return _Tiles(queries=64, keys=64 if dim_block <= 128 else 32, num_warps=4, num_stages=3)
 
 
 def _decode_tiles(dim_block: int, group_block: int, dtype: torch.dtype) -> _Tiles:
     if dtype == torch.float32:
         return _Tiles(queries=group_block, keys=32, num_warps=4, num_stages=1)
-    if dim_block <= 128:
-        return _Tiles(queries=group_block, keys=64, num_warps=4, num_stages=3)
-    return _Tiles(queries=group_block, keys=32, num_warps=4, num_stages=3)
+    keys = 64 if dim_block <= 128 else 32
+    return _Tiles(queries=group_block, keys=keys, num_warps=4, num_stages=2)
 
 
 class TritonAttention:

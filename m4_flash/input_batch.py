@@ -114,6 +114,7 @@ class InputBatch:
     logits_indices: torch.Tensor
     """[num_requests] int64, each request's last row"""
     min_query_len: int
+    """Known to the host, which decides by them what to launch."""
     max_query_len: int
 
     @staticmethod

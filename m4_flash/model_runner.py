@@ -72,7 +72,11 @@ class ModelRunner:
         ends = np.cumsum(host.query_lens)
         cu_seqlens_q = np.concatenate(([0], ends)).astype(np.int32)
         tensors = upload((*host.columns(), cu_seqlens_q, ends - 1), self.model.device)
-        return InputBatch(*tensors, int(host.query_lens.min()), int(host.query_lens.max()))
+        return InputBatch(
+            *tensors,
+            min_query_len=int(host.query_lens.min()),
+            max_query_len=int(host.query_lens.max()),
+        )
 
     def _compute_logits(
         self, batch: InputBatch, out: torch.Tensor | None = None
