@@ -46,9 +46,18 @@ class KVCacheManager:
         self.swapped_block_tables: dict[str, list[int]] = {}
 
     @property
+    def num_free_blocks(self) -> int:
+        return self.pool.num_free_blocks
+
+    @property
+    def num_used_blocks(self) -> int:
+        """One that requests share counts once."""
+        return self.pool.num_used_blocks
+
+    @property
     def num_reserved_tokens(self) -> int:
-        """A block is reserved whole; one that requests share counts once."""
-        return self.pool.num_used_blocks * self.block_size
+        """A block is reserved whole."""
+        return self.num_used_blocks * self.block_size
 
     def num_live_tokens(self, requests: list[Request]) -> int:
         """Tokens whose keys and values the cache holds after a step, shared ones once.

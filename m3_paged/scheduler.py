@@ -252,4 +252,6 @@ class Scheduler:
             num_kv_tokens_live=self.kv_cache_manager.num_live_tokens(self.running),
             num_kv_tokens_reserved=self.kv_cache_manager.num_reserved_tokens,
             num_kv_tokens_capacity=self.kv_cache_manager.num_tokens,
+            num_free_blocks=self.kv_cache_manager.num_free_blocks,
+            num_used_blocks=self.kv_cache_manager.num_used_blocks,
         )
