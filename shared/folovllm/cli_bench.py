@@ -8,7 +8,7 @@ from typing import Any
 
 from .llm import DEFAULT_MODEL, LLM
 
-_COLUMNS = ("steps", "requests", "gate")
+_COLUMNS = ("steps", "requests", "gate", "block_map")
 """Parts of a result that grow with the workload; they are in the file only."""
 
 

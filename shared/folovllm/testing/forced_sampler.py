@@ -35,6 +35,9 @@ class ForcedSampler:
         if request.request_id not in self.token_ids:
             raise ValueError(f"there are no tokens to force on request {request.request_id}")
 
+    def collect_noise(self, requests: Sequence[Request]) -> None:
+        """There is none: the tokens are given, so nothing may be sampled inside a graph."""
+
     def prepare(self, requests: Sequence[Request]) -> Sequence[Request]:
         return requests
 
