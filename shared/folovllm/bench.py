@@ -84,6 +84,7 @@ def run_benchmark(
         "decode_step_s": decode_step_summary(run.record),
         **_resource_section(model, run, ceilings),
         **host_time_section(run.host_s, run.record.stats),
+        "cuda_graphs": _describe_graphs(getattr(engine.model_runner, "graphs", None)),
         "warmup": warmup,
         "gate": gate,
         "steps": step_columns(run.record),
@@ -97,6 +98,17 @@ def _require_positive(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def _describe_graphs(graphs: Any) -> dict[str, Any] | None:
+    """What capturing CUDA graphs cost, for stages that do."""
+    if graphs is None:
+        return None
+    return {
+        "sizes": sorted(graphs.graphs),
+        "capture_s": graphs.capture_s,
+        "num_bytes": graphs.num_bytes,
+    }
 
 
 def _resource_section(model: CausalLM, run: Measurement, ceilings: Ceilings) -> dict[str, Any]:

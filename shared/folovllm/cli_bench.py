@@ -100,6 +100,11 @@ def format_summary(result: dict[str, Any]) -> str:
         ("peak memory", f"{memory['total'] / 2**30:.2f} GiB"),
         ("duration", f"{result['duration_s']:.2f} s"),
     ]
+    graphs = result.get("cuda_graphs")
+    if graphs:
+        sizes, mib = graphs["sizes"], graphs["num_bytes"] / 2**20
+        what = f"{len(sizes)} sizes up to {sizes[-1]} in {graphs['capture_s']:.1f} s, {mib:.0f} MiB"
+        rows.append(("CUDA graphs", what))
     title = f"{result['stage']}, {result['model']['name']}, {result['device']}"
     return "\n".join([title, *(f"  {name:<22} {value}" for name, value in rows)])
 
