@@ -58,7 +58,7 @@ class EngineConfig:
     max_graph_size: int = 256
     """Most requests in a decode step that is replayed from a CUDA graph."""
     max_graph_prompt_len: int = 512
-    """Longest prompt that is replayed from a CUDA graph, when it is alone in its step; 0 for none."""
+    """Longest prompt that is replayed from a CUDA graph, if alone in its step; 0 for none."""
 
     def __post_init__(self) -> None:
         check_field_types(self)
