@@ -35,6 +35,9 @@ class ForcedSampler:
         if request.request_id not in self.token_ids:
             raise ValueError(f"there are no tokens to force on request {request.request_id}")
 
+    def collect_noise(self, requests: Sequence[Request]) -> None:
+        """None, as for rules that a captured graph cannot follow: `sample` is to be called."""
+
     def prepare(self, requests: Sequence[Request]) -> Sequence[Request]:
         return requests
 
