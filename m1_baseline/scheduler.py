@@ -2,6 +2,7 @@
 
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from folovllm.interfaces import SamplerOutput, StepOutput, StepStats, TokenOutput
 from folovllm.request import FinishReason, Request, RequestStatus
@@ -10,8 +11,7 @@ from .config import EngineConfig
 from .kv_cache_manager import KVCacheManager
 
 
-@dataclass(frozen=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """One request's share of a step."""
 
     request: Request
@@ -50,7 +50,7 @@ class Scheduler:
         if request.status is RequestStatus.WAITING:
             self.waiting.remove(request)
         request.finish(FinishReason.ABORT)
-        self._release_finished()
+        self._release([request])
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
@@ -84,11 +84,10 @@ class Scheduler:
             finish_reason = request.append_output_token(token_id)
             tokens.append(TokenOutput(request.request_id, token_id, finish_reason, logprobs))
         stats = self._stats(scheduler_output)
-        self._release_finished()
+        self._release([r for r in self.running if r.finish_reason is not None])
         return StepOutput(tuple(tokens), stats)
 
-    def _release_finished(self) -> None:
-        finished = [r for r in self.requests.values() if r.status is RequestStatus.FINISHED]
+    def _release(self, finished: list[Request]) -> None:
         for request in finished:
             del self.requests[request.request_id]
             self.kv_cache_manager.free(request)

@@ -3,6 +3,7 @@
 import heapq
 from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
 from folovllm.interfaces import SamplerOutput, StepOutput, StepStats, TokenOutput
 from folovllm.request import FinishReason, Request, RequestStatus
@@ -11,8 +12,7 @@ from .config import EngineConfig, SchedulingPolicy
 from .kv_cache_manager import KVCacheManager
 
 
-@dataclass(frozen=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """One request's share of a step."""
 
     request: Request
@@ -62,7 +62,7 @@ class Scheduler:
             self.waiting = [entry for entry in self.waiting if entry[2] is not request]
             heapq.heapify(self.waiting)
         request.finish(FinishReason.ABORT)
-        self._release_finished()
+        self._release([request])
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
@@ -117,11 +117,10 @@ class Scheduler:
             finish_reason = request.append_output_token(token_id)
             tokens.append(TokenOutput(request.request_id, token_id, finish_reason, logprobs))
         stats = self._stats(scheduler_output)
-        self._release_finished()
+        self._release([r for r in self.running if r.finish_reason is not None])
         return StepOutput(tuple(tokens), stats)
 
-    def _release_finished(self) -> None:
-        finished = [r for r in self.requests.values() if r.status is RequestStatus.FINISHED]
+    def _release(self, finished: list[Request]) -> None:
         for request in finished:
             del self.requests[request.request_id]
             self.kv_cache_manager.free(request)

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from folovllm.kernels import reference
-
 from folovllm.model import CausalLM
 
 from .config import AttentionBackend, EngineConfig

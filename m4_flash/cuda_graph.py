@@ -7,7 +7,7 @@ and a batch is padded to the next captured size.
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -110,12 +110,12 @@ class DecodeGraphs:
         start = time.perf_counter()
         free_before, _ = torch.cuda.mem_get_info(logits.device)
         self.graphs: dict[int, DecodeGraph] = {}
-        pool = torch.cuda.graph_pool_handle()
+        # One stream for all: the matrix library keeps a workspace for every stream it has seen.
+        stream, pool = torch.cuda.Stream(logits.device), torch.cuda.graph_pool_handle()
         try:
             for size in sorted(sizes, reverse=True):
-                graph = DecodeGraph(size, padding, logits)
-                _capture(graph, run_step, pool)
-                self.graphs[size] = graph
+                self.graphs[size] = DecodeGraph(size, padding, logits)
+                self._capture(self.graphs[size], run_step, stream, pool)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"no memory is left to capture CUDA graphs of up to {max(sizes)} requests; lower "
@@ -126,6 +126,17 @@ class DecodeGraphs:
         self.capture_s = time.perf_counter() - start
         self.num_bytes = free_before - free_after
         """Device memory that the graphs took."""
+
+    def _capture(
+        self, graph: DecodeGraph, run_step: RunStepFn, stream: torch.cuda.Stream, pool: Any
+    ) -> None:
+        """Run the step once, which compiles kernels and loads libraries, then record it."""
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run_step(graph.batch, graph.noise, graph.logits)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph.graph, pool=pool, stream=stream):
+            graph.choices.copy_(run_step(graph.batch, graph.noise, graph.logits))
 
     def size_for(self, num_requests: int) -> int | None:
         """The smallest captured size that holds so many requests; None if all are too small."""
@@ -141,14 +152,3 @@ def capture_sizes(max_size: int) -> list[int]:
     """1, 2, 4, then multiples of 8 to 64 and of 16 beyond, and max_size itself."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, max_size, 16)]
     return [size for size in sizes if size < max_size] + [max_size]
-
-
-def _capture(graph: DecodeGraph, run_step: RunStepFn, pool: tuple[int, int]) -> None:
-    """Run the step once, which compiles kernels and loads libraries, then record it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run_step(graph.batch, graph.noise, graph.logits)
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph.graph, pool=pool, stream=stream):
-        graph.choices.copy_(run_step(graph.batch, graph.noise, graph.logits))

@@ -25,8 +25,8 @@ from .kv_cache import KVCache
 _LOG2_E = math.log2(math.e)
 MAX_SPLITS = 32
 """Most programs that share one query's context."""
-_PROGRAMS_PER_MULTIPROCESSOR = 8
-"""Aimed at by splitting contexts: enough that the longest one does not leave the others waiting."""
+_PROGRAMS_PER_MULTIPROCESSOR = 4
+"""Contexts are split while the batch has fewer programs than this would be; more cost merging."""
 _INTERPRETER_MULTIPROCESSORS = 4
 
 
@@ -311,8 +311,6 @@ def _decode_kernel(
                 tl.store(out_row, merged.to(out_ptr.dtype.element_ty), mask=is_dim)
 
 
-
-
 class _Tiles(NamedTuple):
     """How a kernel cuts its work; chosen by measuring on an H200."""
 
@@ -356,19 +354,15 @@ class TritonAttention:
         )
         # Programs that share a context meet here; fixed addresses, so that a graph can hold them.
         num_pairs = max_num_requests * self.num_kv_heads
-        num_rows = max(
-            num_pairs_of_batch * self._num_splits(num_requests) * self.group
-            for num_requests in range(1, max_num_requests + 1)
-            if (num_pairs_of_batch := num_requests * self.num_kv_heads)
-        )
+        num_rows = max(self.num_programs, num_pairs) * self.group
         self.partial = torch.empty((num_rows, self.head_dim), dtype=torch.float32, device=device)
         self.lse = torch.empty(num_rows, dtype=torch.float32, device=device)
         self.num_arrived = torch.zeros(num_pairs, dtype=torch.int32, device=device)
 
     def _num_splits(self, num_requests: int) -> int:
         """Programs per context, from the size of the batch alone, so that a graph can hold it."""
-        wanted = triton.cdiv(self.num_programs, num_requests * self.num_kv_heads)
-        return min(wanted, MAX_SPLITS)
+        num_pairs = num_requests * self.num_kv_heads
+        return max(1, min(self.num_programs // num_pairs, MAX_SPLITS))
 
     def forward(
         self,

@@ -1,7 +1,7 @@
 """The tokens of one step, packed end to end: on the host, then on the device."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -109,6 +109,7 @@ class InputBatch:
     """[num_requests] int32, to be written there"""
     seq_lens: torch.Tensor
     """[num_requests] int32, tokens in the cache after this step; 0 for padding"""
+    _: KW_ONLY
     cu_seqlens_q: torch.Tensor
     """[num_requests + 1] int32, request i's tokens are rows [i] to [i + 1]"""
     logits_indices: torch.Tensor

@@ -46,21 +46,28 @@ class KVCacheManager:
         self.swapped_block_tables: dict[str, list[int]] = {}
 
     @property
+    def num_free_blocks(self) -> int:
+        return self.pool.num_free_blocks
+
+    @property
+    def num_used_blocks(self) -> int:
+        """One that requests share counts once."""
+        return self.pool.num_used_blocks
+
+    @property
     def num_reserved_tokens(self) -> int:
-        """A block is reserved whole; one that requests share counts once."""
-        return self.pool.num_used_blocks * self.block_size
+        """A block is reserved whole."""
+        return self.num_used_blocks * self.block_size
 
     def num_live_tokens(self, requests: list[Request]) -> int:
-        """Tokens whose keys and values these requests have in the cache, shared ones once."""
-        num_tokens = sum(request.num_computed_tokens for request in requests)
-        if self.pool.num_used_blocks == sum(map(len, self.block_tables.values())):
-            return num_tokens  # nothing is shared
-        filled: dict[int, int] = {}
-        for request in requests:
-            for index, block_id in enumerate(self.block_tables[request.request_id]):
-                tokens = request.num_computed_tokens - index * self.block_size
-                filled[block_id] = max(filled.get(block_id, 0), min(tokens, self.block_size))
-        return sum(filled.values())
+        """Tokens whose keys and values the cache holds after a step, shared ones once.
+
+        `requests` are all that have a block table.
+        """
+        num_places = self.block_size * sum(map(len, self.block_tables.values()))
+        num_empty = num_places - sum([request.num_computed_tokens for request in requests])
+        # Nobody shares an empty place: who writes to a shared block has got a copy of it.
+        return self.num_reserved_tokens - num_empty
 
     def allocate_slots(
         self, request: Request, num_new_tokens: int, num_spare_blocks: int = 0
@@ -72,15 +79,17 @@ class KVCacheManager:
         changed, when fewer than `num_spare_blocks` blocks would stay free.
         """
         block_table = self.block_tables.get(request.request_id, [])
-        num_tokens = request.num_computed_tokens + num_new_tokens
-        num_missing = -(-num_tokens // self.block_size) - len(block_table)
-        first_written = request.num_computed_tokens // self.block_size
-        shared = [
-            index
-            for index in range(first_written, len(block_table))
-            if self.pool.is_shared(block_table[index])
-        ]
-        if num_missing + len(shared) + num_spare_blocks > self.pool.num_free_blocks:
+        num_computed_tokens = request.num_computed_tokens
+        num_blocks = -(-(num_computed_tokens + num_new_tokens) // self.block_size)
+        num_missing = num_blocks - len(block_table)
+        shared = []
+        for index in range(num_computed_tokens // self.block_size, len(block_table)):
+            if self.pool.is_shared(block_table[index]):
+                shared.append(index)
+        num_needed = num_missing + len(shared)
+        if num_needed == num_spare_blocks == 0:
+            return []  # most decode steps: there is room in the last block
+        if num_needed + num_spare_blocks > self.pool.num_free_blocks:
             return None
         copies = []
         for index in shared:

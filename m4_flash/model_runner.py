@@ -71,16 +71,18 @@ class ModelRunner:
                 return self.graphs.graphs[size].fill(host)
         ends = np.cumsum(host.query_lens)
         cu_seqlens_q = np.concatenate(([0], ends)).astype(np.int32)
-        tensors = upload((*host.columns(), cu_seqlens_q, ends - 1), self.model.device)
+        (*columns, device_cu_seqlens_q, logits_indices) = upload(
+            (*host.columns(), cu_seqlens_q, ends - 1), self.model.device
+        )
         return InputBatch(
-            *tensors,
+            *columns,
+            cu_seqlens_q=device_cu_seqlens_q,
+            logits_indices=logits_indices,
             min_query_len=int(host.query_lens.min()),
             max_query_len=int(host.query_lens.max()),
         )
 
-    def _compute_logits(
-        self, batch: InputBatch, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _compute_logits(self, batch: InputBatch, out: torch.Tensor | None = None) -> torch.Tensor:
         """[num_requests, vocab_size], of each request's last token; into `out` if given."""
         tables = self.block_tables.device
         tables.view(-1).index_copy_(0, batch.table_entries, batch.last_block_ids)

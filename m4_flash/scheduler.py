@@ -5,6 +5,7 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
 from folovllm.interfaces import SamplerOutput, StepOutput, StepStats, TokenOutput
 from folovllm.request import FinishReason, Request, RequestStatus
@@ -13,8 +14,7 @@ from .config import EngineConfig, PreemptionMode, SchedulingPolicy
 from .kv_cache_manager import BlockCopy, CopyKind, KVCacheManager
 
 
-@dataclass(frozen=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """One request's share of a step."""
 
     request: Request
@@ -80,7 +80,7 @@ class Scheduler:
             self.waiting = [entry for entry in self.waiting if entry[1] is not request]
             heapq.heapify(self.waiting)
         request.finish(FinishReason.ABORT)
-        self._release_finished()
+        self._release([request])
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
@@ -228,11 +228,10 @@ class Scheduler:
             finish_reason = request.append_output_token(token_id)
             tokens.append(TokenOutput(request.request_id, token_id, finish_reason, logprobs))
         stats = self._stats(scheduler_output)
-        self._release_finished()
+        self._release([r for r in self.running if r.finish_reason is not None])
         return StepOutput(tuple(tokens), stats)
 
-    def _release_finished(self) -> None:
-        finished = [r for r in self.requests.values() if r.status is RequestStatus.FINISHED]
+    def _release(self, finished: list[Request]) -> None:
         for request in finished:
             del self.requests[request.request_id], self.order[request.request_id]
             self.kv_cache_manager.free(request)
@@ -254,4 +253,6 @@ class Scheduler:
             num_kv_tokens_live=self.kv_cache_manager.num_live_tokens(self.running),
             num_kv_tokens_reserved=self.kv_cache_manager.num_reserved_tokens,
             num_kv_tokens_capacity=self.kv_cache_manager.num_tokens,
+            num_free_blocks=self.kv_cache_manager.num_free_blocks,
+            num_used_blocks=self.kv_cache_manager.num_used_blocks,
         )

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from ..results import Result
 from . import style
 from .bars import latency, memory, throughput
+from .block_map import block_map, has_block_map
 from .cdf import latency_cdf
 from .timeline import has_steps, timeline
 
@@ -23,11 +24,15 @@ ALWAYS: dict[str, Chart] = {
 def draw_all(results: Sequence[Result], folder: Path) -> list[Path]:
     """Draw every chart of one device and workload into `folder` as PNG; returns the files.
 
-    `results` are in ladder order; the timeline needs at least one with steps.
+    `results` are in ladder order; the timeline needs at least one with steps. Every stage whose
+    cache is cut into blocks gets a block map of its own.
     """
     if not results:
         raise ValueError("no results to draw; run `python -m compare run` first")
     charts = dict(ALWAYS)
     if any(has_steps(result) for result in results):
         charts["timeline"] = timeline
-    return [style.save(chart(results), folder / f"{name}.png") for name, chart in charts.items()]
+    figures = {name: chart(results) for name, chart in charts.items()}
+    for result in filter(has_block_map, results):
+        figures[f"block-map-{result['stage']}"] = block_map(result)
+    return [style.save(figure, folder / f"{name}.png") for name, figure in figures.items()]

@@ -4,6 +4,10 @@ import hashlib
 import random
 from typing import Any
 
+import numpy as np
+
+from folovllm.block_map import FREE, SHARED, BlockMap, pack_block_map
+
 
 def make_run(
     stage: str = "m1_baseline",
@@ -82,6 +86,27 @@ def make_run(
                         "triton": "3.9.0", "commit": "0123456789abcdef", "dirty": True,
                         "device": "NVIDIA H200" if on_cuda else "some CPU, 2 cores"},
     }  # fmt: skip
+
+
+def with_blocks(run: dict[str, Any], num_blocks: int) -> dict[str, Any]:
+    """The run of a stage with blocks: request 0 loses its blocks and gets others later."""
+    num_steps = len(run["steps"]["start_s"])
+    run["steps"]["num_used_blocks"] = [3] * num_steps
+    run["steps"]["num_free_blocks"] = [num_blocks - 3] * num_steps
+    run["kv_blocks"] = {"block_size": 16, "num_blocks": num_blocks, "waste": 0.1}
+    owners = np.full((num_blocks, 4), FREE, dtype=np.int32)
+    owners[:4] = [[0, 0, FREE, FREE], [0, SHARED, FREE, 0], [FREE] * 4, [FREE, 1, 1, 1]]
+    run["block_map"] = pack_block_map(
+        BlockMap(
+            num_blocks=num_blocks,
+            block_stride=1,
+            steps=[0, 2, 4, 6],
+            request_ids=[request["request_id"] for request in run["requests"]],
+            sampling_s=0.0,
+            owners=owners,
+        )
+    )
+    return run
 
 
 STEP_COLUMNS = (

@@ -1,12 +1,14 @@
 import re
+from typing import Any
 
 import pytest
 
 from compare.charts import draw_all
 from compare.charts.bars import memory_parts
+from compare.charts.block_map import MAX_ROWS, OWNER_COLOURS, block_map
 from compare.charts.style import PEER_COLOURS, STAGE_COLOURS, needs_log
 from compare.report import write_report
-from compare.tests.synthetic import make_run
+from compare.tests.synthetic import make_run, with_blocks
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -37,6 +39,36 @@ def test_results_with_missing_numbers_are_drawn_all_the_same(tmp_path):
     empty = dict.fromkeys(("p50", "p90", "p99", "mean"))
     run |= {"tpot_s": empty, "ttft_s": empty, "peak_memory_bytes": None, "steps": {}}
     assert "timeline" not in {chart.stem for chart in draw_all([run], tmp_path)}
+
+
+def test_stage_with_blocks_gets_a_map_of_them(tmp_path):
+    runs = [make_run(batch=2), with_blocks(make_run("m3_paged", batch=2), num_blocks=6)]
+    charts = {chart.stem for chart in draw_all(runs, tmp_path)}
+    assert {name for name in charts if "block" in name} == {"block-map-m3_paged"}
+
+
+def test_block_map_shows_owners_shared_blocks_and_who_came_back():
+    run = with_blocks(make_run("m3_paged", batch=2), num_blocks=6)
+    run["steps"]["num_preemptions"][3] = 1
+    upper, lower = block_map(run).axes
+    mesh: Any = lower.collections[0]
+    cells = mesh.get_array()
+    assert cells.shape == (6, 4)
+    assert cells[:, 1].tolist() == [0, len(OWNER_COLOURS), None, 1, None, None]
+    assert [text.get_text() for text in lower.texts] == ["0", "0 again", "1"]
+    assert upper.get_ylabel() == "blocks in use"
+    edges = mesh.get_coordinates()[0, :, 0]
+    steps = run["steps"]
+    assert edges[:-1].tolist() == [steps["start_s"][step] for step in (0, 2, 4, 6)]
+    assert edges[-1] == pytest.approx(run["duration_s"])
+
+
+def test_large_block_map_is_thinned_out_and_says_so():
+    run = with_blocks(make_run("m3_paged", batch=2), num_blocks=4 * MAX_ROWS)
+    figure = block_map(run)
+    cells = figure.axes[1].collections[0].get_array()
+    assert cells is not None and cells.shape == (MAX_ROWS, 4)
+    assert any("one block in 4 is shown" in text.get_text() for text in figure.texts)
 
 
 def test_no_results_are_refused(tmp_path):

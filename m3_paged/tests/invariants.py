@@ -25,5 +25,17 @@ def check_blocks(engine: LLMEngine) -> None:
         table = manager.block_tables[request.request_id]
         assert len(table) == -(-request.num_computed_tokens // manager.block_size)
         assert len(set(table)) == len(table)
+    assert manager.num_live_tokens(scheduler.running) == count_live_tokens(engine)
     places = [scheduler.order[r.request_id] for r in scheduler.running]
     assert places == sorted(places)
+
+
+def count_live_tokens(engine: LLMEngine) -> int:
+    """Tokens in the cache, counted block by block: the long way round."""
+    manager = engine.kv_cache_manager
+    filled: dict[int, int] = {}
+    for request in engine.scheduler.running:
+        for index, block_id in enumerate(manager.block_tables[request.request_id]):
+            num_tokens = request.num_computed_tokens - index * manager.block_size
+            filled[block_id] = max(filled.get(block_id, 0), min(num_tokens, manager.block_size))
+    return sum(filled.values())

@@ -154,11 +154,11 @@ def measure(case: Case, copy_bytes_per_s: float, flops_per_s: float) -> list[dic
     cache = Cache(case)
     inputs = make_inputs(case, cache)
     backends: dict[str, Any] = {
-        "triton": TritonAttention(cache, case.num_heads, case.batch_size),  # type: ignore[arg-type]
+        "triton": TritonAttention(cache, case.num_heads, case.batch_size),
     }
     interface = _import("flash_attn_interface")
     if interface is not None:
-        backends["flash_attn_3"] = FlashAttention3(interface, cache)  # type: ignore[arg-type]
+        backends["flash_attn_3"] = FlashAttention3(interface, cache)
     rows = []
     for name, backend in backends.items():
 
@@ -204,7 +204,7 @@ def main() -> None:
         for row in measure(case, ceilings.copy_bytes_per_s, ceilings.matmul_flops_per_s):
             rows.append(row)
             print(
-                f"batch {case.batch_size:>3} x {case.query_len:>4} queries, {case.seq_len:>5} keys, "
+                f"{case.batch_size:>3} x {case.query_len:>4} queries, {case.seq_len:>5} keys, "
                 f"{case.num_heads}/{case.num_kv_heads} heads, block {case.block_size:>3}, "
                 f"{row['backend']:<22} {row['seconds'] * 1e6:>8.1f} us "
                 f"{row['bytes_per_s'] / 1e12:6.2f} TB/s {row['flops_per_s'] / 1e12:6.0f} TFLOP/s "

@@ -1,23 +1,15 @@
 """Benchmark of one engine on one workload: fit check, warm-up, gate run, clock, report."""
 
-import gc
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from enum import Enum
 from typing import Any
 
-import torch
-
+from .bench_blocks import block_section
+from .bench_measure import Measurement, measure
 from .bench_prepare import run_gate, warm_up
-from .bench_probes import (
-    Clock,
-    GpuUtilisation,
-    HostTimers,
-    SystemClock,
-    peak_memory_bytes,
-    reset_peak_memory,
-)
-from .bench_recorder import RunRecord, check_fit, record_run
+from .bench_probes import Clock, SystemClock
+from .bench_recorder import check_fit
 from .bench_report import (
     attention_flops_per_pair,
     check_record,
@@ -78,7 +70,7 @@ def run_benchmark(
     ceilings = ceilings or measure_ceilings(model.device)
     warmup = warm_up(engine, model, workload, warmup_tokens, seed, clock)
     gate = run_gate(engine, workload, gate_requests, gate_tokens, seed)
-    run = _measure(engine, model.device, workload, seed, clock)
+    run = measure(engine, model.device, workload, seed, clock)
     check_record(run.record, workload)
     return {
         "schema": SCHEMA,
@@ -92,9 +84,11 @@ def run_benchmark(
         "decode_step_s": decode_step_summary(run.record),
         **_resource_section(model, run, ceilings),
         **host_time_section(run.host_s, run.record.stats),
+        "cuda_graphs": _describe_graphs(getattr(engine.model_runner, "graphs", None)),
         "warmup": warmup,
         "gate": gate,
         "steps": step_columns(run.record),
+        "block_map": run.block_map,
         "requests": request_rows(run.record, workload),
         "environment": describe_environment(),
     }
@@ -106,51 +100,18 @@ def _require_positive(**counts: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {count}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Measurement:
-    """What was seen while the clock ran."""
-
-    record: RunRecord
-    host_s: dict[str, list[float]]
-    """Method -> seconds, one entry per step."""
-    peak_memory_bytes: int
-    peak_kv_bytes: int
-    """Most bytes that the KV tensors took after any step."""
-    gpu_utilisation: float | None
-
-
-def _measure(
-    engine: Any, device: torch.device, workload: Workload, seed: int, clock: Clock
-) -> _Measurement:
-    """The timed run."""
-    methods = {
-        "schedule": (engine.scheduler, "schedule"),
-        "prepare_inputs": (engine.model_runner, "prepare_inputs"),
-        "update": (engine.scheduler, "update"),
+def _describe_graphs(graphs: Any) -> dict[str, Any] | None:
+    """What capturing CUDA graphs cost, for stages that do."""
+    if graphs is None:
+        return None
+    return {
+        "sizes": sorted(graphs.graphs),
+        "capture_s": graphs.capture_s,
+        "num_bytes": graphs.num_bytes,
     }
-    kv_cache = engine.model_runner.kv_cache
-    kv_bytes: list[int] = []
-    gc.collect()  # garbage of loading and warm-up is not the run's
-    reset_peak_memory(device)
-    with GpuUtilisation(device) as gpu, HostTimers(methods, clock) as timers:
-        record = record_run(
-            engine,
-            workload,
-            seed=seed,
-            clock=clock,
-            before_step=timers.begin_step,
-            after_step=lambda: kv_bytes.append(kv_cache.num_bytes),
-        )
-    return _Measurement(
-        record=record,
-        host_s=timers.seconds,
-        peak_memory_bytes=peak_memory_bytes(device),
-        peak_kv_bytes=max(kv_bytes),
-        gpu_utilisation=gpu.mean,
-    )
 
 
-def _resource_section(model: CausalLM, run: _Measurement, ceilings: Ceilings) -> dict[str, Any]:
+def _resource_section(model: CausalLM, run: Measurement, ceilings: Ceilings) -> dict[str, Any]:
     """Memory and how well the device was used."""
     stats = run.record.stats
     bytes_per_token = kv_bytes_per_token(model.config, model.dtype)
@@ -164,6 +125,7 @@ def _resource_section(model: CausalLM, run: _Measurement, ceilings: Ceilings) ->
             kv_live=max(live) * bytes_per_token,
         ),
         "kv_utilisation": kv_utilisation(live, [step.num_kv_tokens_reserved for step in stats]),
+        "kv_blocks": block_section(stats, bytes_per_token),
         "gpu_utilisation": run.gpu_utilisation,
         "roofline_fraction": roofline_fraction(
             _model_cost(model),

@@ -1,11 +1,13 @@
 """What a benchmark reads beside the engine's stats: host times, peak memory, GPU utilisation."""
 
+import gc
 import importlib
 import resource
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
@@ -82,6 +84,21 @@ class HostTimers:
             return result
 
         return timed
+
+
+@contextmanager
+def frozen_heap() -> Iterator[None]:
+    """Hide from the garbage collector what is alive on entry, for the time of a run.
+
+    A full collection walks every object of libraries, model and workload: tens of milliseconds
+    in the middle of some step, which are nothing that the stage does.
+    """
+    gc.collect()  # garbage of loading and warm-up is not the run's
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def reset_peak_memory(device: torch.device) -> None:

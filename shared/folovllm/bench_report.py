@@ -72,7 +72,7 @@ def host_time_section(
 
 
 def step_columns(record: RunRecord) -> dict[str, list[float]]:
-    """One list per quantity, one entry per step."""
+    """One list per quantity that the stage has, one entry per step."""
     columns: dict[str, list[float]] = {
         "start_s": [round(start, _DECIMALS) for start in record.starts_s],
         "duration_s": [
@@ -81,7 +81,9 @@ def step_columns(record: RunRecord) -> dict[str, list[float]]:
         ],
     }
     for column in fields(StepStats):
-        columns[column.name] = [getattr(stats, column.name) for stats in record.stats]
+        values = [getattr(stats, column.name) for stats in record.stats]
+        if None not in values:
+            columns[column.name] = values
     return columns
 
 

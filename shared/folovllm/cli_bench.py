@@ -8,7 +8,7 @@ from typing import Any
 
 from .llm import DEFAULT_MODEL, LLM
 
-_COLUMNS = ("steps", "requests", "gate")
+_COLUMNS = ("steps", "requests", "gate", "block_map")
 """Parts of a result that grow with the workload; they are in the file only."""
 
 
@@ -100,6 +100,11 @@ def format_summary(result: dict[str, Any]) -> str:
         ("peak memory", f"{memory['total'] / 2**30:.2f} GiB"),
         ("duration", f"{result['duration_s']:.2f} s"),
     ]
+    graphs = result.get("cuda_graphs")
+    if graphs:
+        sizes, mib = graphs["sizes"], graphs["num_bytes"] / 2**20
+        what = f"{len(sizes)} sizes up to {sizes[-1]} in {graphs['capture_s']:.1f} s, {mib:.0f} MiB"
+        rows.append(("CUDA graphs", what))
     title = f"{result['stage']}, {result['model']['name']}, {result['device']}"
     return "\n".join([title, *(f"  {name:<22} {value}" for name, value in rows)])
 

@@ -63,6 +63,10 @@ class StepStats:
     """Tokens that the memory held by those requests has room for."""
     num_kv_tokens_capacity: int
     """Tokens that the whole cache has room for."""
+    num_free_blocks: int | None = None
+    """None, like the next one, in stages whose cache is not cut into blocks."""
+    num_used_blocks: int | None = None
+    """A block that requests share counts once."""
 
 
 @dataclass(frozen=True)

@@ -203,10 +203,10 @@ class Request:
         Sets `status` and `finish_reason` when it was.
         """
         self.token_ids.append(token_id)
-        num_output_tokens = self.num_output_tokens
-        if token_id in self.stop_token_ids and num_output_tokens > self.sampling_params.min_tokens:
+        min_tokens = self.sampling_params.min_tokens
+        if token_id in self.stop_token_ids and self.num_output_tokens > min_tokens:
             self.finish(FinishReason.STOP)
-        elif num_output_tokens >= self.max_tokens:
+        elif self.num_output_tokens >= self.max_tokens:
             self.finish(FinishReason.LENGTH)
         return self.finish_reason
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .hardware import describe_environment, device_slug
+from .hardware import Ceilings, describe_environment, device_slug, measure_ceilings
+from .interfaces import StepStats
+from .profile_groups import format_groups, group_works, summarise_groups
 from .request import Request, SamplingParams
 
 _NUM_TIMED_STEPS = 20
@@ -27,6 +29,12 @@ class KernelRow:
     """On the device, or of the operator itself without those that it calls."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ProfiledStep:
+    kernels: list[KernelRow]
+    stats: StepStats
+
+
 def profile_steps(llm: Any, *, stage: str, batch_size: int, context_len: int) -> dict[str, Any]:
     """Profile the step that computes prompts and a decode step of `batch_size` requests.
 
@@ -34,6 +42,7 @@ def profile_steps(llm: Any, *, stage: str, batch_size: int, context_len: int) ->
     writes. ValueError if the requests cannot run, or never run together.
     """
     engine, device = llm.engine, llm.model.device
+    ceilings = measure_ceilings(device)
     num_steps = 2 * (_NUM_WARMUP_STEPS + _NUM_TIMED_STEPS)
     requests = _make_requests(llm, batch_size, context_len, max_tokens=num_steps, name="warm-up")
     _add(engine, requests)
@@ -41,7 +50,8 @@ def profile_steps(llm: Any, *, stage: str, batch_size: int, context_len: int) ->
     for _ in range(_NUM_WARMUP_STEPS):
         engine.step()
     decode_s = [_timed_step(engine) for _ in range(_NUM_TIMED_STEPS)]
-    decode_rows = _profiled_step(engine, device)
+    decode = _profiled_step(engine, device)
+    decode_len = requests[0].num_tokens - 1
     _abort(engine, requests)
     requests = _make_requests(llm, batch_size, context_len, max_tokens=2, name="timed")
     _add(engine, requests)
@@ -49,7 +59,7 @@ def profile_steps(llm: Any, *, stage: str, batch_size: int, context_len: int) ->
     _abort(engine, requests)
     requests = _make_requests(llm, batch_size, context_len, max_tokens=2, name="profiled")
     _add(engine, requests)
-    prompt_rows = _profiled_step(engine, device)
+    prompt = _profiled_step(engine, device)
     _abort(engine, requests)
     return {
         "schema": 1,
@@ -59,8 +69,9 @@ def profile_steps(llm: Any, *, stage: str, batch_size: int, context_len: int) ->
         "context_len": context_len,
         "num_layers": llm.model.config.num_layers,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
-        "decode": _section(decode_s, decode_rows),
-        "prompt": _section(prompt_s, prompt_rows),
+        "decode": _section(llm, decode_s, decode, decode_len, ceilings),
+        "prompt": _section(llm, prompt_s, prompt, context_len, ceilings),
+        "ceilings": vars(ceilings),
         "environment": describe_environment(),
     }
 
@@ -79,6 +90,8 @@ def format_profile(result: dict[str, Any], num_rows: int = 25) -> str:
             f"{label} step: {section['step_s'] * 1e3:.2f} ms, of which {what}s "
             f"{section['kernels_s'] * 1e3:.2f} ms in {section['num_launches']} launches",
             "",
+            *format_groups(section["groups"]),
+            "",
             f"| {what} | launches | per layer | µs in all |",
             "|---|---|---|---|",
         ]
@@ -92,12 +105,26 @@ def format_profile(result: dict[str, Any], num_rows: int = 25) -> str:
     return "\n".join(lines)
 
 
-def _section(step_s: list[float], rows: list[KernelRow]) -> dict[str, Any]:
+def _section(
+    llm: Any, step_s: list[float], step: _ProfiledStep, seq_len: int, ceilings: Ceilings
+) -> dict[str, Any]:
+    """seq_len: tokens of each request in the cache after the step."""
+    kernels = [vars(row) for row in step.kernels]
+    num_requests = step.stats.num_scheduled_requests
+    works = group_works(
+        llm.model,
+        num_requests=num_requests,
+        query_len=step.stats.num_scheduled_tokens // num_requests,
+        seq_len=seq_len,
+    )
     return {
         "step_s": median(step_s),
-        "kernels_s": sum(row.total_s for row in rows),
-        "num_launches": sum(row.count for row in rows),
-        "kernels": [vars(row) for row in rows],
+        "kernels_s": sum(row.total_s for row in step.kernels),
+        "num_launches": sum(row.count for row in step.kernels),
+        "num_scheduled_requests": num_requests,
+        "num_scheduled_tokens": step.stats.num_scheduled_tokens,
+        "groups": summarise_groups(kernels, works, ceilings),
+        "kernels": kernels,
     }
 
 
@@ -145,12 +172,12 @@ def _timed_step(engine: Any) -> float:
     return time.perf_counter() - start
 
 
-def _profiled_step(engine: Any, device: torch.device) -> list[KernelRow]:
+def _profiled_step(engine: Any, device: torch.device) -> _ProfiledStep:
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
-        engine.step()
+        stats = engine.step().stats
     rows = []
     for event in profiler.key_averages():
         if device.type == "cuda":
@@ -161,4 +188,5 @@ def _profiled_step(engine: Any, device: torch.device) -> list[KernelRow]:
             total_us = event.self_cpu_time_total
         if is_wanted:
             rows.append(KernelRow(name=event.key, count=event.count, total_s=total_us * 1e-6))
-    return sorted(rows, key=lambda row: row.total_s, reverse=True)
+    kernels = sorted(rows, key=lambda row: row.total_s, reverse=True)
+    return _ProfiledStep(kernels=kernels, stats=stats)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-_ALIGNMENT = 8
-"""Bytes; the widest dtype uploaded (int64) must start on a multiple of its own size."""
+_ALIGNMENT = 16
+"""Bytes. Triton compiles a kernel anew for pointers that are not multiples of 16: offsets that
+depend on a step's lengths would make it compile in the middle of a run."""
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:

@@ -1,8 +1,9 @@
 """The benchmark's driver and report, on an engine and a clock that do what they are told."""
 
+import gc
 import json
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from types import SimpleNamespace
 
@@ -11,15 +12,18 @@ import torch
 
 from folovllm import bench_probes
 from folovllm.bench import run_benchmark
+from folovllm.bench_blocks import block_section
 from folovllm.bench_probes import (
     GpuUtilisation,
     HostTimers,
     SystemClock,
+    frozen_heap,
     peak_memory_bytes,
     reset_peak_memory,
 )
 from folovllm.bench_recorder import RequestRecord, RunRecord
 from folovllm.bench_report import check_record, step_works
+from folovllm.block_map import FREE, unpack_block_map
 from folovllm.hardware import Ceilings
 from folovllm.interfaces import StepOutput, StepStats, TokenLogprobs, TokenOutput
 from folovllm.metrics import StepWork
@@ -231,7 +235,9 @@ def test_columns_of_steps_and_requests_agree():
     report, _, _ = run()
     steps, rows = report["steps"], report["requests"]
     assert len({len(column) for column in steps.values()}) == 1
-    assert set(steps) == {"start_s", "duration_s", *(f.name for f in fields(StepStats))}
+    blocks = {"num_free_blocks", "num_used_blocks"}  # the fake has none
+    columns = {"start_s", "duration_s", *(f.name for f in fields(StepStats))}
+    assert set(steps) == columns - blocks
     computed = sum(row["num_prompt_tokens"] + row["num_output_tokens"] - 1 for row in rows)
     assert sum(steps["num_scheduled_tokens"]) == computed
     assert sum(steps["num_scheduled_requests"]) == sum(row["num_output_tokens"] for row in rows)
@@ -335,6 +341,74 @@ def test_memory_utilisation_and_roofline_are_reported():
         sum(a / b for a, b in zip(live, room, strict=True)) / len(live)
     )
     assert report["gpu_utilisation"] is None
+
+
+def block_stats(free, used, live, running, preempted=0, swapped=0):
+    return StepStats(
+        num_scheduled_tokens=1,
+        num_scheduled_requests=1,
+        num_running=running,
+        num_waiting=0,
+        num_preemptions=preempted,
+        num_swapped_tokens=swapped,
+        num_kv_tokens_live=live,
+        num_kv_tokens_reserved=4 * used,
+        num_kv_tokens_capacity=40,
+        num_free_blocks=free,
+        num_used_blocks=used,
+    )
+
+
+def test_blocks_and_their_waste_are_worked_out_from_the_steps():
+    steps = [block_stats(8, 2, 6, 1), block_stats(5, 5, 15, 2, 1, 8), block_stats(10, 0, 0, 0)]
+    assert block_section(steps, kv_bytes_per_token=3) == {
+        "block_size": 4,
+        "num_blocks": 10,
+        "max_used_blocks": 5,
+        "mean_free_blocks": pytest.approx(23 / 3),
+        "waste": pytest.approx((2 / 8 + 5 / 20) / 2),
+        "wasted_tokens_per_request": pytest.approx((2 / 1 + 5 / 2) / 2),
+        "num_preemptions": 1,
+        "swapped_bytes": 24,
+    }
+
+
+def test_stage_without_blocks_reports_none():
+    report, _, _ = run()
+    assert report["kv_blocks"] is None and report["block_map"] is None
+
+
+def test_block_tables_of_an_engine_are_sampled_after_every_step():
+    class BlockEngine(FakeEngine):
+        def __init__(self, clock):
+            super().__init__(clock)
+            self.kv_cache_manager = SimpleNamespace(block_tables={})
+
+        def finish_step(self, scheduled, token_ids):
+            output = super().finish_step(scheduled, token_ids)
+            self.kv_cache_manager.block_tables = {
+                r.request_id: [i] for i, r in enumerate(self.running)
+            }
+            return replace(
+                output, stats=replace(output.stats, num_free_blocks=1, num_used_blocks=1)
+            )
+
+    clock = FakeClock()
+    llm = fake_llm(clock)
+    llm.engine = BlockEngine(clock)
+    report = run_benchmark(llm, WORKLOAD, stage="x", ceilings=CEILINGS, clock=clock)
+    sampled = unpack_block_map(report["block_map"])
+    assert sampled.request_ids == ["r0", "r1", "r2", "r3"]
+    assert sampled.steps == [0, 1, 2, 3, 4]
+    assert sampled.owners.tolist() == [[0, 0, 2, FREE, FREE], [1, FREE, FREE, FREE, FREE]]
+    assert report["steps"]["num_free_blocks"] == [1] * 5
+
+
+def test_heap_is_thawed_after_a_run_that_fails():
+    with pytest.raises(ValueError, match="broken"), frozen_heap():
+        assert gc.get_freeze_count() > 0
+        raise ValueError("broken")
+    assert gc.get_freeze_count() == 0
 
 
 def test_roofline_of_one_prompt_is_worked_out_by_hand():

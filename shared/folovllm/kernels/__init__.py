@@ -8,6 +8,10 @@ import torch
 class Kernels(Protocol):
     """What the model needs from a kernel module; `reference` documents each operation."""
 
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor: ...
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
 
     def add_rms_norm(

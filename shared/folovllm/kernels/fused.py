@@ -8,6 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .few_rows import linear
+
+__all__ = ["add_rms_norm", "linear", "qk_norm_rope", "rms_norm", "silu_mul", "store_kv"]
+
 _ROPE_HEADS = 8
 """Heads per program of the RoPE kernel."""
 _SILU_BLOCK = 1024

@@ -23,12 +23,20 @@ from .rope import RotaryTable
 class Linear:
     """y = x W^T + b; weight: [out_features, in_features]. Starts uninitialised."""
 
-    def __init__(self, in_features: int, out_features: int, has_bias: bool, like: torch.Tensor):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        has_bias: bool,
+        kernels: Kernels,
+        like: torch.Tensor,
+    ):
+        self.kernels = kernels
         self.weight = like.new_empty(out_features, in_features)
         self.bias = like.new_empty(out_features) if has_bias else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.kernels.linear(x, self.weight, self.bias)
 
 
 class Attention:
@@ -42,10 +50,18 @@ class Attention:
         self.config, self.layer_idx, self.kernels = config, layer_idx, kernels
         num_all_heads = config.num_heads + 2 * config.num_kv_heads
         self.qkv_proj = Linear(
-            config.hidden_size, num_all_heads * config.head_dim, config.qkv_bias, like
+            config.hidden_size,
+            num_all_heads * config.head_dim,
+            config.qkv_bias,
+            kernels,
+            like,
         )
         self.o_proj = Linear(
-            config.num_heads * config.head_dim, config.hidden_size, config.o_bias, like
+            config.num_heads * config.head_dim,
+            config.hidden_size,
+            config.o_bias,
+            kernels,
+            like,
         )
         self.q_norm = like.new_empty(config.head_dim) if config.qk_norm else None
         self.k_norm = like.new_empty(config.head_dim) if config.qk_norm else None
@@ -75,8 +91,8 @@ class MLP:
     def __init__(self, config: ModelConfig, kernels: Kernels, like: torch.Tensor):
         self.kernels = kernels
         size = config.intermediate_size
-        self.gate_up_proj = Linear(config.hidden_size, 2 * size, config.mlp_bias, like)
-        self.down_proj = Linear(size, config.hidden_size, config.mlp_bias, like)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * size, config.mlp_bias, kernels, like)
+        self.down_proj = Linear(size, config.hidden_size, config.mlp_bias, kernels, like)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x, result: [num_tokens, hidden_size]."""
@@ -143,9 +159,7 @@ class CausalLM:
             x = layer(x, residual, cos_sin, attend)
         return self.kernels.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
 
-    def compute_logits(
-        self, hidden: torch.Tensor, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden: [num_rows, hidden_size]; result: [num_rows, vocab_size] in the model's dtype.
 
         The result is written to `out` if that is given, a tensor of its shape.

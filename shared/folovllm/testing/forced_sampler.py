@@ -36,7 +36,7 @@ class ForcedSampler:
             raise ValueError(f"there are no tokens to force on request {request.request_id}")
 
     def collect_noise(self, requests: Sequence[Request]) -> None:
-        """None, as for rules that a captured graph cannot follow: `sample` is to be called."""
+        """There is none: the tokens are given, so nothing may be sampled inside a graph."""
 
     def prepare(self, requests: Sequence[Request]) -> Sequence[Request]:
         return requests
