@@ -167,7 +167,8 @@ def test_attention_sees_the_managers_tables_whatever_happens(toy_model, monkeypa
         toy_model, rng.randint(17, 24), max_num_seqs=4, preemption_mode=mode, enforce_eager=True
     )
     runner, manager = engine.model_runner, engine.kv_cache_manager
-    seen_kinds, num_checks = set(), 0
+    seen_kinds: set[CopyKind] = set()
+    num_checks = 0
     execute, attend = runner.execute, runner.attention.forward
     scheduled: tuple[ScheduledRequest, ...] = ()
 
