@@ -128,6 +128,7 @@ class StepGraphs:
         ValueError if the device's memory does not suffice.
         """
         start = time.perf_counter()
+        torch.cuda.empty_cache()  # capturing does it too, which would hide what graphs take
         free_before, _ = torch.cuda.mem_get_info(logits.device)
         self.graphs: dict[StepShape, StepGraph] = {}
         # One stream for all: the matrix library keeps a workspace for every stream it has seen.

@@ -1,93 +1,102 @@
-"""Attention over gathered blocks against the plain reference, request by request."""
+"""TorchAttention against the plain reference, the choice of a backend, and the cache's copies."""
+
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from folovllm.kernels.reference import causal_attention
-from folovllm.request import SamplingParams
-from folovllm.testing.driver import make_requests
-from folovllm.testing.engine_contract import toy_model
-from m4_flash.attention import find_context_rows
-from m4_flash.config import EngineConfig, PreemptionMode
+from folovllm.model import load_model
+from folovllm.testing.toy_models import toy_families, write_toy_model
+from m4_flash.attention import TorchAttention, select_attention
+from m4_flash.config import AttentionBackend, EngineConfig, PreemptionMode
 from m4_flash.kv_cache import KVCache
 from m4_flash.kv_cache_manager import BlockCopy, CopyKind
 from m4_flash.model_runner import ModelRunner
-from m4_flash.scheduler import ScheduledRequest, SchedulerOutput
+from m4_flash.tests.mixed_steps import DEVICES, EDGE_SHARES, check_attention, make_runner
 from m4_flash.tests.test_engine_contract import BYTES_PER_TOKEN
 
-__all__ = ["toy_model"]
+
+@pytest.fixture(scope="module")
+def toy_directory(tmp_path_factory) -> Path:
+    return write_toy_model(toy_families()[3], tmp_path_factory.mktemp("toy"))
 
 
-def make_runner(model, block_size: int = 4) -> ModelRunner:
-    config = EngineConfig(
-        max_model_len=40,
-        max_num_seqs=8,
-        block_size=block_size,
-        kv_cache_bytes=128 * block_size * BYTES_PER_TOKEN,
-        preemption_mode=PreemptionMode.SWAP,
-        swap_cache_tokens=8 * block_size,
-    )
-    return ModelRunner(config, model)
+@pytest.fixture(scope="module")
+def toy_model(toy_directory):
+    """On the CPU, wherever the tests run."""
+    return load_model(toy_directory, device="cpu")
 
 
-def test_rows_follow_the_table_and_padding_repeats_the_last_token() -> None:
-    tables, seq_lens = torch.tensor([[7, 2], [3, 0]]), torch.tensor([6, 1])
-    rows = find_context_rows(tables, seq_lens, padded_seq_len=8, block_size=4, num_kv_heads=1)
-    assert rows.tolist() == [28, 29, 30, 31, 8, 9, 9, 9] + [12] * 8
-    rows = find_context_rows(
-        tables[:1], seq_lens[:1], padded_seq_len=2, block_size=4, num_kv_heads=2
-    )
-    assert rows.tolist() == [56, 58, 57, 59]
+@pytest.fixture(scope="module", params=DEVICES)
+def placed_model(request, toy_directory):
+    """On the CPU, and on a GPU if there is one."""
+    return load_model(toy_directory, device=request.param, dtype="float32")
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("shares", EDGE_SHARES)
+def test_attention_equals_reference_for_any_mix_of_lengths(
+    placed_model, shares, block_size
+) -> None:
+    runner = make_runner(placed_model, block_size, attention_backend=AttentionBackend.TORCH)
+    check_attention(runner.attention, runner, shares, tolerance=1e-4)
+
+
+def test_what_lies_behind_the_end_of_a_table_is_never_looked_up(placed_model) -> None:
+    runner = make_runner(placed_model, 4, attention_backend=AttentionBackend.TORCH)
+    runner.block_tables.device.fill_(10**6)
+    check_attention(runner.attention, runner, [(5, 1), (0, 17), (20, 3)], tolerance=1e-4)
+
+
+@pytest.mark.parametrize("backend", [AttentionBackend.AUTO, AttentionBackend.TORCH])
+def test_torch_computes_attention_on_a_cpu(toy_model, backend) -> None:
+    runner = make_runner(toy_model, 16, attention_backend=backend)
+    assert isinstance(runner.attention, TorchAttention)
+    assert runner.graphs is None
+
+
+@pytest.mark.parametrize("backend", [AttentionBackend.TRITON, AttentionBackend.FLASH_ATTN])
+def test_backend_that_needs_a_gpu_is_refused_on_a_cpu(toy_model, backend) -> None:
+    with pytest.raises(ValueError, match=f"{backend.value} needs a CUDA .* choose torch or auto"):
+        make_runner(toy_model, 16, attention_backend=backend)
+
+
+def model_on_gpu(head_dim: int) -> SimpleNamespace:
+    """As much of a model as the choice of a backend looks at."""
+    config = SimpleNamespace(num_heads=4, head_dim=head_dim)
+    return SimpleNamespace(device=torch.device("cuda"), config=config)
+
+
 @pytest.mark.parametrize(
-    "shares",
-    [
-        [(0, 1)],
-        [(0, 5), (0, 3)],
-        [(7, 1), (0, 1), (39, 1)],
-        [(3, 1), (4, 1), (15, 1), (16, 1)],
-        [(0, 40), (4, 9), (31, 3)],
-    ],
+    "backend", [AttentionBackend.AUTO, AttentionBackend.TRITON, AttentionBackend.FLASH_ATTN]
 )
-def test_attention_equals_reference_for_any_mix_of_lengths(toy_model, shares, block_size) -> None:
-    """shares: (tokens already in the cache, tokens of this step) per request."""
-    runner, config = make_runner(toy_model, block_size), toy_model.config
-    keys, values = runner.kv_cache.keys[1], runner.kv_cache.values[1]
-    keys.fill_(float("nan"))
-    values.fill_(float("nan"))
-    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))
-    block_ids = iter(order.tolist())
-    requests = make_requests([[1] * (c + n) for c, n in shares], SamplingParams(max_tokens=1))
-    scheduled, histories = [], []
-    for request, (num_computed, n) in zip(requests, shares, strict=True):
-        request.num_computed_tokens = num_computed
-        num_blocks = -(-(num_computed + n) // block_size)
-        table = tuple(next(block_ids) for _ in range(num_blocks))
-        kv = torch.randn(2, num_computed + n, config.num_kv_heads, config.head_dim)
-        for position in range(num_computed):
-            block_id, offset = table[position // block_size], position % block_size
-            keys[block_id, offset], values[block_id, offset] = kv[:, position]
-        scheduled.append(ScheduledRequest(request, n, table))
-        histories.append((num_computed, kv))
-    batch = runner.prepare_inputs(SchedulerOutput(tuple(scheduled), ()))
-    total = sum(n for _, n in shares)
-    q = torch.randn(total, config.num_heads, config.head_dim)
-    new_k, new_v = (torch.cat([kv[i, c:] for c, kv in histories]) for i in (0, 1))
-    out = runner.attention.forward(batch.attention, 1, q, new_k, new_v)
-    expected = torch.cat(
-        [
-            causal_attention(part, kv[0], kv[1])
-            for part, (_, kv) in zip(q.split([n for _, n in shares]), histories, strict=True)
-        ]
-    )
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+def test_head_dim_beyond_the_kernels_is_refused(toy_model, backend) -> None:
+    kv_cache = make_runner(toy_model, 16).kv_cache
+    config = EngineConfig(attention_backend=backend)
+    with pytest.raises(ValueError, match="head_dim up to 256 and this model has 264; choose torch"):
+        select_attention(config, model_on_gpu(264), kv_cache)
 
 
-def test_copies_act_as_if_one_after_the_other(toy_model) -> None:
+def test_torch_takes_any_head_dim_on_a_gpu(toy_model) -> None:
+    kv_cache = make_runner(toy_model, 16).kv_cache
+    config = EngineConfig(attention_backend=AttentionBackend.TORCH)
+    assert isinstance(select_attention(config, model_on_gpu(264), kv_cache), TorchAttention)
+
+
+@pytest.mark.parametrize("backend", [AttentionBackend.AUTO, AttentionBackend.TRITON])
+def test_triton_computes_attention_on_a_gpu(toy_model, backend) -> None:
+    pytest.importorskip("triton")
+    kv_cache = make_runner(toy_model, 16).kv_cache
+    config = EngineConfig(attention_backend=backend)
+    attention = select_attention(config, model_on_gpu(24), kv_cache)
+    assert type(attention).__name__ == "TritonAttention"
+
+
+def test_copies_act_as_if_one_after_the_other(placed_model) -> None:
     """Random lists of copies against a loop that performs them singly."""
-    cache = make_runner(toy_model).kv_cache
+    swap = {"preemption_mode": PreemptionMode.SWAP, "swap_cache_tokens": 32}
+    cache = make_runner(placed_model, 4, enforce_eager=True, **swap).kv_cache
     generator = torch.Generator().manual_seed(0)
     kinds = list(CopyKind)
     for _ in range(50):

@@ -42,6 +42,19 @@ def test_logits_equal_transformers(toy_directory: Path) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_logits_are_written_where_the_caller_wants_them(toy_directory: Path) -> None:
+    """A captured graph has one buffer for all batch sizes, and reads its first rows."""
+    model = load_model(toy_directory)
+    size = (3, model.config.hidden_size)
+    hidden = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(model.device)
+    expected = model.compute_logits(hidden)
+    buffer = torch.full((5, 199), torch.nan, dtype=model.dtype, device=model.device)
+    written = model.compute_logits(hidden, buffer[:3])
+    assert written.data_ptr() == buffer.data_ptr()
+    assert torch.equal(buffer[:3], expected)
+    assert buffer[3:].isnan().all()
+
+
 @pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
 def test_optional_biases_of_llama_are_loaded(tmp_path: Path, bias: str) -> None:
     family = ToyFamily("biased", "llama", {bias: True})

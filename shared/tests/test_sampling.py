@@ -618,3 +618,83 @@ def test_logits_of_another_batch_are_refused():
     for shape in [(2, VOCAB), (1, VOCAB + 1)]:
         with pytest.raises(ValueError, match="prepare"):
             sampler.sample(torch.zeros(shape), tensors)
+
+
+IS_RULE = {
+    "n": (3, False),
+    "max_tokens": (7, False),
+    "min_tokens": (4, True),
+    "temperature": (0.3, False),
+    "top_k": (5, True),
+    "top_p": (0.9, True),
+    "min_p": (0.1, True),
+    "presence_penalty": (-0.5, True),
+    "frequency_penalty": (0.5, True),
+    "repetition_penalty": (0.9, True),
+    "logit_bias": ({3: 1.0}, True),
+    "seed": (11, False),
+    "logprobs": (0, True),
+    "stop": ("end", False),
+    "stop_token_ids": ([5], False),
+    "include_stop_str_in_output": (True, False),
+    "ignore_eos": (True, False),
+    "skip_special_tokens": (False, False),
+}
+"""Field of SamplingParams -> a value other than its default, and whether sampling by temperature
+alone, as in a captured graph, would ignore it."""
+
+
+def test_every_sampling_setting_is_known_to_be_a_rule_or_none():
+    """A new field has to be added above, and to has_only_temperature if it is a rule."""
+    fields = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+    assert fields.keys() == IS_RULE.keys()
+    assert all(fields[name] != value for name, (value, _) in IS_RULE.items())
+
+
+@pytest.mark.parametrize("name", IS_RULE)
+def test_setting_is_left_to_a_captured_graph_exactly_if_it_changes_no_rule(name):
+    value, is_rule = IS_RULE[name]
+    request, plain = (make_request(eos=[2], output=[5], **p) for p in ({name: value}, {}))
+    sampler = Sampler(VOCAB, CPU)
+    assert request.sampling_params.has_only_temperature is not is_rule
+    assert (sampler.collect_noise([request]) is None) is is_rule
+    assert (sampler.collect_noise([plain, request, plain]) is None) is is_rule
+    # And that is the truth: what a batch of it prepares has more than noise.
+    tensors = sampler.prepare([request])
+    parts = {field.name for field in dataclasses.fields(tensors)} - {"num_rows", "noise"}
+    assert any(getattr(tensors, part) for part in parts) is is_rule
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.0},
+        {"top_k": -1},
+        {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "logit_bias": {}},
+        {"temperature": 0.0, "stop_token_ids": [1, 2], "min_tokens": 0, "ignore_eos": True},
+    ],
+)
+def test_rules_that_are_switched_off_are_left_to_a_captured_graph(params):
+    assert SamplingParams(**params).has_only_temperature
+
+
+def test_collected_noise_is_what_prepare_uploads():
+    requests = [
+        make_request(seed=2**64 - 1, output=[4, 5], temperature=0.7),
+        make_request(seed=3, temperature=0.0),
+        make_request(seed=2**63, output=[1], temperature=1e-40),
+    ]
+    sampler = Sampler(VOCAB, CPU)
+    temperatures, seeds, positions = sampler.collect_noise(requests)
+    assert temperatures.dtype == np.float32
+    assert temperatures.tolist() == pytest.approx([0.7, 0.0, 1e-30])
+    assert seeds.dtype == positions.dtype == np.int64
+    assert seeds.tolist() == [-1, 3, -(2**63)]
+    assert positions.tolist() == [2, 0, 1]
+    noise = sampler.prepare(requests).noise
+    for array, tensor in zip((temperatures, seeds, positions), vars(noise).values(), strict=True):
+        assert torch.equal(torch.from_numpy(array), tensor)
+
+
+def test_no_noise_is_collected_for_greedy_requests():
+    assert Sampler(VOCAB, CPU).collect_noise([make_request(temperature=0.0)] * 3) == []

@@ -1,0 +1,200 @@
+"""Block tables on the device: what is copied when, and that they are always the manager's."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from folovllm.request import Request, SamplingParams
+from folovllm.testing.driver import drain, make_requests, random_prompts
+from folovllm.testing.engine_contract import toy_model
+from m4_flash.block_tables import BlockTables
+from m4_flash.config import PreemptionMode
+from m4_flash.kv_cache_manager import CopyKind
+from m4_flash.scheduler import ScheduledRequest
+from m4_flash.tests.test_preemption import GREEDY, RANDOM, forks, make_engine
+
+__all__ = ["toy_model"]
+
+
+class CountedTables(BlockTables):
+    """Remembers which requests were copied whole, step by step."""
+
+    def __init__(self, num_rows: int, num_columns: int = 4) -> None:
+        super().__init__(num_rows, num_columns, torch.device("cpu"))
+        self.copied: list[list[str]] = []
+
+    def _copy(self, stale, scheduled) -> None:
+        self.copied.append([s.request.request_id for s in stale])
+        super()._copy(stale, scheduled)
+
+
+def share(request_id: str, table: list[int], num_tokens: int = 1) -> ScheduledRequest:
+    (request,) = make_requests([[1]], SamplingParams(max_tokens=1), ids=[request_id])
+    return ScheduledRequest(request, num_tokens, table)
+
+
+def check_rows(tables: BlockTables, rows: np.ndarray, scheduled: list[ScheduledRequest]) -> None:
+    """Everybody has a row of its own that says the same on both sides."""
+    assert rows.dtype == np.int64
+    assert len(set(rows.tolist())) == len(scheduled)
+    assert tables.padding_row not in rows
+    for row, s in zip(rows.tolist(), scheduled, strict=True):
+        assert tables.host[row, : len(s.block_table)].tolist() == list(s.block_table)
+        assert tables.device[row, : len(s.block_table)].tolist() == list(s.block_table)
+
+
+def test_new_requests_get_rows_that_agree_on_host_and_device() -> None:
+    tables = CountedTables(num_rows=3)
+    scheduled = [share("a", [7, 2, 5], 9), share("b", [3], 1)]
+    rows = tables.assign(scheduled)
+    check_rows(tables, rows, scheduled)
+    assert tables.copied == [["a", "b"]]
+    assert tables.device.dtype == torch.int32
+    assert tables.device.shape == (4, 4)
+    assert not tables.device[tables.padding_row].any()
+
+
+def test_row_follows_the_request_and_not_its_place_in_the_batch() -> None:
+    tables = CountedTables(num_rows=3)
+    a, b, c = share("a", [0]), share("b", [1]), share("c", [2])
+    row_a, row_b, row_c = tables.assign([a, b, c])
+    assert tables.assign([c, a]).tolist() == [row_c, row_a]
+    assert tables.assign([b]).tolist() == [row_b]
+    assert len(tables.copied) == 1
+
+
+def test_single_token_of_a_known_request_copies_nothing() -> None:
+    tables = CountedTables(num_rows=2)
+    table = [7, 2]
+    (row,) = tables.assign([share("a", table, 8)])
+    table.append(5)  # as the manager grows it, and copy on write replaces its last entry
+    assert tables.assign([share("a", table)]).tolist() == [row]
+    table[-1] = 6
+    tables.assign([share("a", table)])
+    assert tables.copied == [["a"]]
+    # That entry is the caller's to write.
+    assert tables.device[row].tolist() == [7, 2, 0, 0]
+
+
+def test_several_tokens_of_a_known_request_copy_its_row() -> None:
+    tables = CountedTables(num_rows=2)
+    table = [7]
+    tables.assign([share("a", table, 3), share("b", [1])])
+    table += [2, 5]
+    scheduled = [share("a", table, 6)]
+    check_rows(tables, tables.assign(scheduled), scheduled)
+    assert tables.copied == [["a", "b"], ["a"]]
+
+
+def test_table_that_is_another_list_is_copied_whole_even_if_it_is_equal() -> None:
+    """Swapped or forked: that the blocks happen to be the same could not be known cheaply."""
+    tables = CountedTables(num_rows=2)
+    table, other = [7, 2], share("b", [1])
+    (row, _) = tables.assign([share("a", table), other])
+    for replaced in ([4, 9], [4, 9], [4, 9, 3]):
+        scheduled = [share("a", replaced), other]
+        rows = tables.assign(scheduled)
+        assert rows[0] == row
+        check_rows(tables, rows, scheduled)
+    assert tables.copied == [["a", "b"], ["a"], ["a"], ["a"]]
+
+
+def test_shorter_table_in_a_reused_row_leaves_only_its_own_entries_valid() -> None:
+    tables = CountedTables(num_rows=1)
+    tables.assign([share("a", [7, 2, 5, 8], 16)])
+    scheduled = [share("b", [4], 2)]
+    check_rows(tables, tables.assign(scheduled), scheduled)
+
+
+def test_rows_are_reused_once_requests_are_gone() -> None:
+    tables = CountedTables(num_rows=2)
+    kept = share("kept", [0])
+    (row, _) = tables.assign([kept, share("gone", [1])])
+    scheduled = [kept, share("new", [2])]
+    rows = tables.assign(scheduled)
+    assert rows[0] == row
+    check_rows(tables, rows, scheduled)
+    assert tables.rows.keys() == tables.tables.keys() == {"kept", "new"}
+    assert tables.copied == [["kept", "gone"], ["new"]]
+
+
+def test_running_request_that_lost_its_row_is_copied_when_it_is_back() -> None:
+    """A step of prompts alone does not name those that only decode."""
+    tables = CountedTables(num_rows=2)
+    decoding = share("decoding", [3])
+    tables.assign([decoding, share("gone", [1])])
+    tables.assign([share("new", [2], 2)])
+    scheduled = [decoding, share("newer", [5, 6], 7)]
+    check_rows(tables, tables.assign(scheduled), scheduled)
+    assert tables.copied[1:] == [["new"], ["decoding", "newer"]]
+
+
+def test_id_that_is_used_again_gets_the_new_requests_table() -> None:
+    tables = CountedTables(num_rows=3)
+    (row,) = tables.assign([share("a", [7, 2], 5)])
+    scheduled = [share("a", [8])]
+    rows = tables.assign(scheduled)
+    assert rows.tolist() == [row]
+    check_rows(tables, rows, scheduled)
+
+
+def test_more_requests_over_time_than_rows() -> None:
+    rng = random.Random(0)
+    tables = CountedTables(num_rows=5, num_columns=6)
+    running: dict[str, ScheduledRequest] = {}
+    for step in range(300):
+        for request_id in rng.sample(sorted(running), rng.randint(0, len(running))):
+            del running[request_id]
+        while len(running) < 5 and rng.random() < 0.7:
+            name = f"{step}-{len(running)}"
+            blocks = [rng.randrange(100) for _ in range(rng.randint(1, 6))]
+            running[name] = share(name, blocks, rng.choice([1, len(blocks)]))
+        scheduled = rng.sample(list(running.values()), len(running))[: rng.randint(0, 5)]
+        if scheduled:
+            check_rows(tables, tables.assign(scheduled), scheduled)
+        assert len(tables.rows) + len(tables.free_rows) == 5
+        assert not set(tables.rows.values()) & set(tables.free_rows)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_attention_sees_the_managers_tables_whatever_happens(toy_model, monkeypatch, seed) -> None:
+    """Forks, copy on write, both ways of preemption and requests that come and go."""
+    rng = random.Random(seed)
+    mode = list(PreemptionMode)[seed % 2]
+    engine = make_engine(
+        toy_model, rng.randint(17, 24), max_num_seqs=4, preemption_mode=mode, enforce_eager=True
+    )
+    runner, manager = engine.model_runner, engine.kv_cache_manager
+    seen_kinds: set[CopyKind] = set()
+    num_checks = 0
+    execute, attend = runner.execute, runner.attention.forward
+    scheduled: tuple[ScheduledRequest, ...] = ()
+
+    def execute_and_note(scheduler_output):
+        nonlocal scheduled
+        scheduled = scheduler_output.scheduled
+        seen_kinds.update(copy.kind for copy in scheduler_output.block_copies)
+        return execute(scheduler_output)
+
+    def attend_and_check(metadata, *args):
+        nonlocal num_checks
+        for s, row in zip(scheduled, metadata.block_tables.tolist(), strict=True):
+            table = manager.block_tables[s.request.request_id]
+            assert row[: len(table)] == table
+            num_checks += 1
+        return attend(metadata, *args)
+
+    monkeypatch.setattr(runner, "execute", execute_and_note)
+    monkeypatch.setattr(runner.attention, "forward", attend_and_check)
+    requests: list[Request] = []
+    for index, prompt in enumerate(random_prompts(seed=seed, count=4, vocab_size=199, max_len=20)):
+        for request in forks(prompt, 2, rng.choice([GREEDY, RANDOM])):
+            request.request_id = f"{index}-{request.request_id}"
+            requests.append(request)
+    drain(engine, requests[:4], later={5: requests[4:6], 30: requests[6:]})
+    assert num_checks > 100
+    assert CopyKind.COPY_ON_WRITE in seen_kinds
+    if mode is PreemptionMode.SWAP:
+        assert seen_kinds == set(CopyKind)

@@ -1,0 +1,554 @@
+"""Decode steps replayed from CUDA graphs against the same steps launched kernel by kernel.
+
+Every test runs on a CPU too, where nothing is captured: what it shows there is that the test
+itself compares the right things.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from folovllm.model import CausalLM, kv_bytes_per_token, load_model
+from folovllm.request import Request, SamplingParams
+from folovllm.testing.driver import check_step, drain, make_requests, random_prompts
+from folovllm.testing.toy_models import toy_families, write_toy_model
+from m4_flash.config import AttentionBackend, EngineConfig, PreemptionMode
+from m4_flash.cuda_graph import DecodeGraphs, capture_sizes
+from m4_flash.engine import LLMEngine
+from m4_flash.tests.invariants import check_blocks
+from m4_flash.tests.mixed_steps import DEVICES, needs_cuda
+from m4_flash.tests.test_preemption import forks
+
+SIZES = [1, 2, 4, 8, 16, 20]
+"""What is captured for max_num_seqs 20."""
+
+
+@pytest.fixture(scope="module")
+def toy_directory(tmp_path_factory) -> Path:
+    return write_toy_model(toy_families()[3], tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def model(request, toy_directory) -> CausalLM:
+    """float32: a batch of another size rounds differently, which bfloat16 would show in tokens."""
+    return load_model(toy_directory, device=request.param, dtype="float32")
+
+
+@pytest.fixture(scope="module", params=[pytest.param("cuda", marks=needs_cuda)])
+def cuda_model(request, toy_directory) -> CausalLM:
+    return load_model(toy_directory, device=request.param, dtype="float32")
+
+
+def make_engine(model: CausalLM, num_blocks: int = 320, **options) -> LLMEngine:
+    """An engine whose cache is full of NaN; by default no request ever has to give way."""
+    block_size = options.setdefault("block_size", 4)
+    config = EngineConfig(
+        **{
+            "max_model_len": 64,
+            "max_num_seqs": 20,
+            "max_num_batched_tokens": 1024,
+            "kv_cache_bytes": num_blocks
+            * block_size
+            * kv_bytes_per_token(model.config, model.dtype),
+            **options,
+        }
+    )
+    engine = LLMEngine(config, model)
+    engine.model_runner.kv_cache.kv.fill_(float("nan"))
+    return engine
+
+
+def eager_engine(model: CausalLM, **options) -> LLMEngine:
+    return make_engine(model, enforce_eager=True, **options)
+
+
+class Replays:
+    """Sizes of the graphs that an engine replays, and how many requests they served.
+
+    On a CPU those that it would replay, so that what a test expects is checked there as well.
+    """
+
+    def __init__(self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[int, int]] = []
+        runner, config = engine.model_runner, engine.config
+        replay, prepare_inputs = runner._replay, runner.prepare_inputs
+        sizes = capture_sizes(min(config.max_graph_size, config.max_num_seqs))
+        assert (runner.graphs is not None) == (runner.model.device.type == "cuda")
+
+        def recorded_replay(graph, requests):
+            self.seen.append((graph.size, len(requests)))
+            return replay(graph, requests)
+
+        def recorded_inputs(scheduler_output):
+            batch, num_requests = prepare_inputs(scheduler_output), len(scheduler_output.scheduled)
+            if batch.max_query_len == 1 and num_requests <= sizes[-1]:
+                size = min(size for size in sizes if size >= num_requests)
+                self.seen.append((size, num_requests))
+            return batch
+
+        if runner.graphs is not None:
+            monkeypatch.setattr(runner, "_replay", recorded_replay)
+        else:
+            monkeypatch.setattr(runner, "prepare_inputs", recorded_inputs)
+
+
+def size_of(num_requests: int) -> int:
+    return min(size for size in SIZES if size >= num_requests)
+
+
+def greedy(max_tokens: int, **options) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **options)
+
+
+def tempered(max_tokens: int, temperature: float = 1.0, **options) -> SamplingParams:
+    return SamplingParams(
+        temperature=temperature, max_tokens=max_tokens, ignore_eos=True, **options
+    )
+
+
+def serve(
+    engine: LLMEngine,
+    prompts: Sequence[list[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    later: dict[int, Sequence[int]] | None = None,
+) -> list[list[int]]:
+    """Output tokens per prompt; later: step -> indices of the prompts that arrive then."""
+    requests = make_requests(prompts, params, seeds=range(len(prompts)))
+    late = {step: [requests[i] for i in indices] for step, indices in (later or {}).items()}
+    is_late = {request.request_id for group in late.values() for request in group}
+    drain(engine, [r for r in requests if r.request_id not in is_late], later=late)
+    return [request.output_token_ids for request in requests]
+
+
+def prompts_of(num_requests: int, seed: int = 0, max_len: int = 20) -> list[list[int]]:
+    return random_prompts(seed=seed, count=num_requests, vocab_size=199, min_len=2, max_len=max_len)
+
+
+# What is captured
+
+
+def test_captured_sizes_end_with_the_largest_batch() -> None:
+    assert capture_sizes(1) == [1]
+    assert capture_sizes(2) == [1, 2]
+    assert capture_sizes(3) == [1, 2, 3]
+    assert capture_sizes(20) == SIZES
+    assert capture_sizes(64) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
+    assert capture_sizes(65) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 65]
+    assert capture_sizes(256)[-4:] == [208, 224, 240, 256]
+    for max_size in range(1, 300):
+        sizes = capture_sizes(max_size)
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == max_size
+
+
+def test_smallest_graph_that_holds_the_batch_is_found() -> None:
+    graphs = DecodeGraphs.__new__(DecodeGraphs)  # captures nothing, which needs no GPU
+    graphs.graphs = dict.fromkeys(reversed(SIZES), object())
+    found = [graphs.size_for(num_requests) for num_requests in range(1, 22)]
+    assert found == [1, 2, 4, 4, *[8] * 4, *[16] * 8, *[20] * 4, None]
+
+
+@pytest.mark.parametrize(
+    "options", [{"enforce_eager": True}, {"attention_backend": AttentionBackend.TORCH}]
+)
+def test_nothing_is_captured_where_it_is_not_wanted_or_impossible(model, options) -> None:
+    engine = make_engine(model, **options)
+    assert engine.model_runner.graphs is None
+    assert serve(engine, prompts_of(3), greedy(4)) == serve(
+        eager_engine(model), prompts_of(3), greedy(4)
+    )
+
+
+def test_every_size_is_captured_and_its_cost_reported(cuda_model) -> None:
+    graphs = make_engine(cuda_model).model_runner.graphs
+    assert graphs is not None
+    assert sorted(graphs.graphs) == SIZES
+    assert all(graph.size == size for size, graph in graphs.graphs.items())
+    assert graphs.capture_s > 0
+    assert graphs.num_bytes > 0
+
+
+def test_memory_that_torch_holds_unused_does_not_hide_what_graphs_take(cuda_model) -> None:
+    """Capturing gives unused memory back to the device, which is no gain of the graphs."""
+    torch.empty(1 << 30, dtype=torch.uint8, device=cuda_model.device)
+    graphs = make_engine(cuda_model).model_runner.graphs
+    assert graphs is not None
+    assert 0 < graphs.num_bytes < 1 << 30
+
+
+def test_capturing_touches_neither_cache_nor_tables(cuda_model) -> None:
+    runner = eager_engine(cuda_model).model_runner
+    tables = runner.block_tables
+    runner.kv_cache.kv.normal_()
+    tables.device.random_(0, 320)
+    before, tables_before = runner.kv_cache.kv.clone(), tables.device.clone()
+    runner._capture()
+    assert torch.equal(runner.kv_cache.kv, before)
+    assert torch.equal(tables.device[: tables.padding_row], tables_before[: tables.padding_row])
+
+
+def test_memory_that_does_not_suffice_is_refused(cuda_model, monkeypatch) -> None:
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DecodeGraphs, "_capture", out_of_memory)
+    with pytest.raises(ValueError, match="graphs of up to 20 requests; lower .* enforce_eager"):
+        make_engine(cuda_model)
+
+
+# Greedy tokens
+
+
+def test_every_size_and_its_neighbours_give_the_tokens_of_eager_steps(model, monkeypatch) -> None:
+    graphed, eager = make_engine(model), eager_engine(model)
+    replays = Replays(graphed, monkeypatch)
+    neighbours = {size + offset for size in SIZES for offset in (-1, 0, 1)}
+    for num_requests in sorted(neighbours & set(range(1, 21))):
+        replays.seen.clear()
+        prompts = prompts_of(num_requests, seed=num_requests)
+        assert serve(graphed, prompts, greedy(6)) == serve(eager, prompts, greedy(6))
+        assert set(replays.seen) == {(size_of(num_requests), num_requests)}
+
+
+def test_batches_that_shrink_and_grow_give_the_tokens_of_eager_steps(model, monkeypatch) -> None:
+    graphed, eager = make_engine(model), eager_engine(model)
+    replays = Replays(graphed, monkeypatch)
+    prompts = prompts_of(45, max_len=30)
+    rng = random.Random(0)
+    params = [greedy(rng.randint(2, 30)) for _ in prompts]
+    later = {step: [20 + index] for index, step in enumerate(rng.sample(range(4, 90), 25))}
+    outputs = [serve(engine, prompts, params, later) for engine in (graphed, eager)]
+    assert outputs[0] == outputs[1]
+    assert {size for size, _ in replays.seen} == set(SIZES)
+    counts = [num_requests for _, num_requests in replays.seen]
+    assert any(a < b for a, b in zip(counts, counts[1:], strict=False))
+    assert any(a > b for a, b in zip(counts, counts[1:], strict=False))
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 5, 16, 64])
+def test_request_that_reaches_max_model_len_exactly(model, monkeypatch, block_size) -> None:
+    """The last column of its table is used, beside short ones and rows of padding."""
+    options = {"block_size": block_size, "num_blocks": 20 * -(-64 // block_size)}
+    graphed, eager = make_engine(model, **options), eager_engine(model, **options)
+    replays = Replays(graphed, monkeypatch)
+    prompts = [prompt * 4 for prompt in prompts_of(3, max_len=10)]
+    params = [greedy(64 - len(prompts[0])), greedy(64 - len(prompts[1])), greedy(5)]
+    outputs = [serve(engine, prompts, params) for engine in (graphed, eager)]
+    assert outputs[0] == outputs[1]
+    assert [len(tokens) for tokens in outputs[0]] == [56, 24, 5]
+    assert set(replays.seen) == {(4, 3), (2, 2), (1, 1)}
+
+
+def test_batch_that_no_graph_holds_is_launched_kernel_by_kernel(model, monkeypatch) -> None:
+    graphed, eager = make_engine(model, max_graph_size=4), eager_engine(model)
+    replays = Replays(graphed, monkeypatch)
+    prompts = prompts_of(6)
+    params = [greedy(max_tokens) for max_tokens in (3, 5, 7, 9, 11, 13)]
+    assert serve(graphed, prompts, params) == serve(eager, prompts, params)
+    if graphed.model_runner.graphs is not None:
+        assert sorted(graphed.model_runner.graphs.graphs) == [1, 2, 4]
+    assert set(replays.seen) == {(4, 4), (4, 3), (2, 2), (1, 1)}
+
+
+def test_prompts_of_one_token_are_a_decode_step(model, monkeypatch) -> None:
+    graphed, eager = make_engine(model), eager_engine(model)
+    replays = Replays(graphed, monkeypatch)
+    prompts = [[5], [77], [5]]
+    assert serve(graphed, prompts, greedy(6)) == serve(eager, prompts, greedy(6))
+    assert set(replays.seen) == {(4, 3)}
+    assert len(replays.seen) == 6, "the first step is replayed as well"
+
+
+# What a replay writes
+
+
+def test_replay_changes_no_slot_but_those_of_its_tokens(model, monkeypatch) -> None:
+    """Padding has slot -1: it must not end up in the last slot, nor in anybody's."""
+    engine = make_engine(model, num_blocks=40)
+    replays = Replays(engine, monkeypatch)
+    runner, block_size = engine.model_runner, engine.config.block_size
+    runner.kv_cache.kv.normal_()
+    # Sizes 8, 4, 2, 1, and graphs that hold columns of a step with more requests.
+    params = [greedy(max_tokens) for max_tokens in (4, 4, 7, 9, 11)]
+    for request in make_requests(prompts_of(5), params):
+        engine.add_request(request)
+    engine.step()
+    while engine.has_unfinished_requests():
+        before = runner.kv_cache.kv.clone()
+        positions = {r.request_id: r.num_tokens - 1 for r in engine.scheduler.running}
+        tables = engine.kv_cache_manager.block_tables
+        scheduled = engine.scheduler.schedule()
+        expected = {
+            tables[name][position // block_size] * block_size + position % block_size
+            for name, position in positions.items()
+        }
+        engine.scheduler.update(scheduled, runner.execute(scheduled))
+        # Compared as bits: [2, num_layers, num_slots], whether anything changed.
+        bits = (runner.kv_cache.kv.view(torch.int32) != before.view(torch.int32)).flatten(-2)
+        changed = bits.any(-1).flatten(2)
+        for part in changed.flatten(0, 1):
+            assert set(part.nonzero().flatten().tolist()) == expected
+    assert set(replays.seen) == {(8, 5), (4, 3), (2, 2), (1, 1)}
+
+
+def test_rows_that_are_taken_for_current_are(model) -> None:
+    """Replays write last blocks alone, prompts come in between, and rows go to other requests."""
+    engine = make_engine(model, max_num_seqs=6)
+    runner = engine.model_runner
+    later = {step: [4 + index] for index, step in enumerate(range(2, 30, 3))}
+    prompts = prompts_of(4 + len(later))
+    requests = make_requests(prompts, greedy(20))
+    num_checks = 0
+    for request in requests[:4]:
+        engine.add_request(request)
+    for step in range(200):
+        for index in later.get(step, ()):
+            engine.add_request(requests[index])
+        if not engine.has_unfinished_requests():
+            break
+        check_step(engine, engine.step())
+        for request in engine.scheduler.running:
+            table = engine.kv_cache_manager.block_tables[request.request_id]
+            if runner.block_tables.tables.get(request.request_id) is table:
+                row = runner.block_tables.rows[request.request_id]
+                assert runner.block_tables.device[row, : len(table)].tolist() == table
+                assert runner.block_tables.host[row, : len(table)].tolist() == table
+                num_checks += 1
+    assert num_checks > 200
+    assert all(request.num_output_tokens == 20 for request in requests)
+
+
+# Sampling
+
+
+def test_temperature_inside_the_graph_gives_the_tokens_of_eager_steps(model, monkeypatch) -> None:
+    graphed, eager = make_engine(model), eager_engine(model)
+    replays = Replays(graphed, monkeypatch)
+    prompts = prompts_of(11)
+    params = [
+        greedy(12) if index % 3 == 0 else tempered(12 + index, temperature=0.5 + index / 10)
+        for index in range(11)
+    ]
+    outputs = [serve(engine, prompts, params) for engine in (graphed, eager)]
+    assert outputs[0] == outputs[1]
+    assert outputs[0] != serve(eager, prompts, greedy(12)), "nothing was random"
+    assert {size for size, _ in replays.seen} == {1, 2, 4, 8, 16}
+
+
+def test_greedy_batch_behind_a_random_one_is_greedy(model) -> None:
+    """The same graph, in whose buffers the noise of the batch before still is."""
+    graphed, eager = make_engine(model), eager_engine(model)
+    prompts = prompts_of(3)
+    for params in (tempered(8), greedy(8), greedy(8), tempered(8, 1.3), greedy(8)):
+        assert serve(graphed, prompts, params) == serve(eager, prompts, params)
+
+
+def test_random_request_whose_batch_shrinks_keeps_its_own_noise(model) -> None:
+    """Rows move up as requests finish, and padding behind them keeps what it held."""
+    graphed, eager = make_engine(model), eager_engine(model)
+    prompts = prompts_of(4)
+    params = [tempered(2), greedy(4), tempered(6, 0.7), tempered(9, 1.5)]
+    assert serve(graphed, prompts, params) == serve(eager, prompts, params)
+    assert serve(graphed, prompts[:1], greedy(9)) == serve(eager, prompts[:1], greedy(9))
+
+
+RULES = [
+    {"temperature": 1.0, "top_p": 0.8},
+    {"temperature": 1.2, "top_k": 5},
+    {"temperature": 1.0, "min_p": 0.1},
+    {"temperature": 0.0, "repetition_penalty": 1.5},
+    {"temperature": 0.8, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+    {"temperature": 0.0, "logit_bias": {7: 3.0, 8: -3.0}},
+    {"temperature": 0.0, "min_tokens": 6, "stop_token_ids": list(range(100))},
+    {"temperature": 0.9, "logprobs": 3},
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: "-".join(rules))
+def test_rules_outside_the_graph_give_the_tokens_of_eager_steps(model, monkeypatch, rules) -> None:
+    graphed, eager = make_engine(model), eager_engine(model)
+    replays = Replays(graphed, monkeypatch)
+    prompts, ruled = prompts_of(3), SamplingParams(max_tokens=10, ignore_eos=True, **rules)
+    # By itself, and beside a plain and a random request, which then leave the graph as well.
+    for params in ([ruled] * 3, [ruled, greedy(12), tempered(14)], [greedy(5)] * 3):
+        outputs = []
+        for engine in (graphed, eager):
+            requests = make_requests(prompts, params, seeds=range(3))
+            outputs.append(drain(engine, requests))
+        for actual, expected in zip(*outputs, strict=True):
+            assert actual[:3] == expected[:3]
+            assert (actual.logprobs is None) == (expected.logprobs is None)
+            if actual.logprobs is not None and expected.logprobs is not None:
+                assert actual.logprobs.rank == expected.logprobs.rank
+                assert actual.logprobs.logprob == pytest.approx(expected.logprobs.logprob, abs=1e-3)
+                assert [i for i, _ in actual.logprobs.top] == [i for i, _ in expected.logprobs.top]
+    assert {(4, 3), (2, 2), (1, 1)} >= set(replays.seen) >= {(4, 3)}
+
+
+def test_tokens_do_not_depend_on_batch_mates_whose_rules_leave_the_graph(model) -> None:
+    """The same request inside the graph, behind it, and in a batch that changes over in between."""
+    prompts = prompts_of(3)
+    ruled = SamplingParams(max_tokens=5, ignore_eos=True, temperature=1.0, top_p=0.9)
+    for own in (greedy(12), tempered(12)):
+        alone = serve(make_engine(model), prompts[:1], own)
+        mixed = serve(make_engine(model), prompts, [own, ruled, ruled])
+        assert mixed[:1] == alone
+
+
+# With everything else that an engine does
+
+
+@pytest.mark.parametrize("mode", PreemptionMode)
+@pytest.mark.parametrize("params", [greedy(40), tempered(40)], ids=["greedy", "random"])
+def test_preempted_requests_give_the_tokens_of_eager_steps(
+    model, monkeypatch, mode, params
+) -> None:
+    small = {"num_blocks": 16, "preemption_mode": mode, "swap_cache_tokens": 400}
+    graphed = make_engine(model, **small)
+    replays = Replays(graphed, monkeypatch)
+    prompts = prompts_of(6)
+    expected = serve(eager_engine(model), prompts, params)
+    requests = make_requests(prompts, params, seeds=range(6))
+    for request in requests:
+        graphed.add_request(request)
+    num_preemptions = num_swapped = 0
+    while graphed.has_unfinished_requests():
+        output = graphed.step()
+        check_step(graphed, output)
+        check_blocks(graphed)
+        num_preemptions += output.stats.num_preemptions
+        num_swapped += output.stats.num_swapped_tokens
+    assert [request.output_token_ids for request in requests] == expected
+    assert num_preemptions >= 4
+    assert (num_swapped > 0) == (mode is PreemptionMode.SWAP)
+    assert replays.seen
+
+
+@pytest.mark.parametrize("prompt_len", [1, 4, 5, 17])
+@pytest.mark.parametrize("params", [greedy(12), tempered(12)], ids=["greedy", "random"])
+def test_forks_give_the_tokens_of_eager_steps(model, monkeypatch, params, prompt_len) -> None:
+    """Copy on write happens before a replay, and forks are single tokens beside prompts."""
+    graphed, eager = make_engine(model), eager_engine(model)
+    replays = Replays(graphed, monkeypatch)
+    prompt = random_prompts(
+        seed=1, count=1, vocab_size=199, min_len=prompt_len, max_len=prompt_len
+    )[0]
+    outputs = []
+    for engine in (graphed, eager):
+        family = forks(prompt, 4, params)
+        others = make_requests(prompts_of(3, seed=2), params, ids=["x", "y", "z"])
+        drain(engine, family[:1] + others[:1] + family[1:], later={3: others[1:]})
+        outputs.append([request.output_token_ids for request in family + others])
+    assert outputs[0] == outputs[1]
+    alone = serve(eager, [prompt] * 4, params)
+    assert outputs[0][:4] == alone
+    assert replays.seen
+
+
+class Interrupts:
+    """Ends a call with a KeyboardInterrupt now and then, in turns before and after its work."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[str, str]] = set()
+
+    def into(self, monkeypatch, owner, name: str, every: int, is_counted=lambda *args: True):
+        function, num_calls = getattr(owner, name), 0
+
+        def interrupted(*args):
+            nonlocal num_calls
+            num_calls += is_counted(*args)
+            when = {every: "before", 0: "after"}.get(num_calls % (2 * every))
+            if when is None or not is_counted(*args):
+                return function(*args)
+            if when == "after":
+                function(*args)
+            self.seen.add((name, when))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("mode", PreemptionMode)
+def test_step_that_is_broken_off_can_be_repeated(model, monkeypatch, mode) -> None:
+    """Behind a replay the cache has the keys and values of tokens that nobody knows of."""
+    small = {"num_blocks": 18, "preemption_mode": mode, "swap_cache_tokens": 400}
+    engine = make_engine(model, **small)
+    prompts = prompts_of(5)
+    expected = serve(eager_engine(model), prompts, tempered(20))
+    runner, interrupts = engine.model_runner, Interrupts()
+    interrupts.into(monkeypatch, runner, "execute", every=5)
+    interrupts.into(monkeypatch, runner, "prepare_inputs", every=7)
+    replay = "_compute_logits" if runner.graphs is None else "_replay"
+
+    def is_decode_step(*args) -> bool:
+        return runner.graphs is not None or args[0].max_query_len == 1
+
+    interrupts.into(monkeypatch, runner, replay, 3, is_decode_step)
+    requests = make_requests(prompts, tempered(20), seeds=range(5))
+    for request in requests:
+        engine.add_request(request)
+    for _ in range(1000):
+        if not engine.has_unfinished_requests():
+            break
+        try:
+            check_step(engine, engine.step())
+            check_blocks(engine)
+        except KeyboardInterrupt:
+            continue
+    assert [request.output_token_ids for request in requests] == expected
+    names = ("execute", "prepare_inputs", replay)
+    assert interrupts.seen == {(name, when) for name in names for when in ("before", "after")}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_fuzz_of_arrivals_sizes_and_settings(model, seed) -> None:
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 3, 4, 16])
+    options = {
+        "block_size": block_size,
+        "max_num_seqs": rng.choice([1, 3, 7, 20]),
+        "num_blocks": -(-64 // block_size) + rng.randrange(12),
+        "max_graph_size": rng.choice([1, 2, 5, 256]),
+        "preemption_mode": rng.choice(list(PreemptionMode)),
+        "swap_cache_tokens": rng.choice([0, 40, 400]),
+    }
+    prompts = prompts_of(12, seed=seed, max_len=30)
+    choices = [greedy(9), greedy(30), tempered(17), tempered(8, 0.6, top_p=0.9), greedy(5)]
+    params = [rng.choice(choices) for _ in prompts]
+    later: dict[int, list[int]] = {}
+    for index in range(12):
+        later.setdefault(rng.randrange(25), []).append(index)
+    expected = serve(eager_engine(model), prompts, params)
+    assert serve(make_engine(model, **options), prompts, params, later) == expected
+
+
+# What it costs the host
+
+
+@torch.inference_mode()
+def test_preparing_a_decode_step_waits_for_nothing(cuda_model) -> None:
+    engine = make_engine(cuda_model)
+    requests: list[Request] = make_requests(prompts_of(3), tempered(20), seeds=range(3))
+    for request in requests:
+        engine.add_request(request)
+    for _ in range(3):
+        engine.step()
+    runner, graphs = engine.model_runner, engine.model_runner.graphs
+    assert graphs is not None
+    scheduled, graph = engine.scheduler.schedule(), graphs.graphs[4]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = runner.prepare_inputs(scheduled)
+        graph.set_noise(runner.sampler.collect_noise(requests))
+        graph.graph.replay()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert graphs.find(batch) is graph
+    engine.scheduler.update(scheduled, runner.execute(scheduled))
+    drain(engine, [])
+    assert [r.output_token_ids for r in requests] == serve(
+        eager_engine(cuda_model), prompts_of(3), tempered(20)
+    )
