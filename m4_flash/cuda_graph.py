@@ -5,8 +5,10 @@ the same launches on the same addresses, so inputs and outputs live in buffers t
 and a step is padded to the next captured shape.
 """
 
+import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,10 +136,11 @@ class StepGraphs:
         # One stream for all: the matrix library keeps a workspace for every stream it has seen.
         stream, pool = torch.cuda.Stream(logits.device), torch.cuda.graph_pool_handle()
         try:
-            for shape in sorted(shapes, reverse=True):
-                self.graphs[shape] = StepGraph(shape, logits)
-                self.graphs[shape].fill(nothing)
-                self._capture(self.graphs[shape], run_step, stream, pool)
+            with _without_garbage_collection():
+                for shape in sorted(shapes, reverse=True):
+                    self.graphs[shape] = StepGraph(shape, logits)
+                    self.graphs[shape].fill(nothing)
+                    self._capture(self.graphs[shape], run_step, stream, pool)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"no memory is left to capture CUDA graphs of up to {max(shapes).num_tokens} "
@@ -178,3 +181,16 @@ class StepGraphs:
         shape = StepShape(len(batch.input_ids), len(batch.seq_lens))
         graph = self.graphs.get(shape)
         return graph if graph is not None and graph.batch is batch else None
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Graphs of an engine that is gone must not be destroyed while another one is recorded."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

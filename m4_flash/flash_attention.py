@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from folovllm.kernels.overlap import let_next_start, overlap_options, wait_for_previous
+
 from .attention import AttentionMetadata
 from .kv_cache import KVCache
 
@@ -99,11 +101,14 @@ def _prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One head of TILE_Q queries of one request: first its cached keys, then those of this step.
 
     Requests with a single query are the decode kernel's.
     """
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     head = tl.program_id(0)
     kv_head = head // GROUP
     # The last tiles of a prompt see the most keys: started first, they do not end last.
@@ -216,8 +221,11 @@ def _decode_kernel(
     TILE_K: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """All query heads of one key/value head of a request's single query, over part of its keys."""
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     kv_head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(cu_seqlens_ptr + request)
     seq_len = tl.load(seq_lens_ptr + request)
@@ -345,6 +353,7 @@ class TritonAttention:
         self.group_block = max(16, triton.next_power_of_2(self.group))  # a matrix unit's least rows
         self.scale = self.head_dim**-0.5 * _LOG2_E
         device, dtype = kv_cache.keys.device, kv_cache.keys.dtype
+        self.overlap = overlap_options(device)
         self.prefill_tiles = _prefill_tiles(self.dim_block, dtype)
         self.decode_tiles = _decode_tiles(self.dim_block, self.group_block, dtype)
         self.num_programs = _PROGRAMS_PER_MULTIPROCESSOR * (
@@ -420,6 +429,7 @@ class TritonAttention:
             TILE_K=tiles.keys,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
+            **self.overlap,
         )
 
     def _decode(
@@ -464,4 +474,5 @@ class TritonAttention:
             MAX_SPLITS=MAX_SPLITS,
             NUM_STAGES=tiles.num_stages,
             num_warps=tiles.num_warps,
+            **self.overlap,
         )

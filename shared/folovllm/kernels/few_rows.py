@@ -11,6 +11,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from .overlap import let_next_start, overlap_options, wait_for_previous
+
 MAX_ROWS = 16
 """From here on the library is as fast (measured on an H200, see docs/dev/milestone_4.md)."""
 _BLOCK_IN = 1024
@@ -21,21 +23,33 @@ _BLOCK_OUT = 16
 
 @triton.jit
 def _one_row_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, num_inputs, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    num_inputs,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One output: a warp reads one row of the weights, end to end."""
-    output = tl.program_id(0).to(tl.int64)
-    products = tl.zeros([BLOCK], dtype=tl.float32)
+    """One output: a warp reads one row of the weights, end to end, and a block ahead."""
+    let_next_start(OVERLAP)
+    output = tl.program_id(0)
+    inputs = tl.arange(0, BLOCK)
+    weight_ptr += output.to(tl.int64) * num_inputs
+    weight = tl.load(weight_ptr + inputs, mask=inputs < num_inputs, other=0.0)
+    wait_for_previous(OVERLAP)
+    out = 0.0
     for first in range(0, num_inputs, BLOCK):
-        inputs = first + tl.arange(0, BLOCK)
-        mask = inputs < num_inputs
-        weight = tl.load(weight_ptr + output * num_inputs + inputs, mask=mask, other=0.0)
-        x = tl.load(x_ptr + inputs, mask=mask, other=0.0)
-        products += weight.to(tl.float32) * x.to(tl.float32)
-    out = tl.sum(products, axis=0)
+        mask = first + inputs < num_inputs
+        following = first + BLOCK + inputs
+        next_weight = tl.load(weight_ptr + following, mask=following < num_inputs, other=0.0)
+        x = tl.load(x_ptr + first + inputs, mask=mask, other=0.0)
+        out += tl.sum(weight.to(tl.float32) * x.to(tl.float32), axis=0)
+        weight = next_weight
     if HAS_BIAS:
         out += tl.load(bias_ptr + output).to(tl.float32)
-    tl.store(out_ptr + output, out.to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + output, out)  # rounded to the type of the output
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -52,8 +66,11 @@ def _few_rows_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK_OUT outputs of all rows: weights [BLOCK_OUT, inputs] times x transposed."""
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     outputs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inputs = tl.arange(0, BLOCK_IN)
     rows = tl.arange(0, ROWS)
@@ -75,7 +92,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     """See reference.linear; x is contiguous. Anything but few rows of 16-bit numbers is torch's."""
     num_rows, num_inputs = x.shape
     num_outputs = weight.shape[0]
-    block_in = 256 if num_inputs % 256 == 0 else 64
+    block_in, num_warps, num_stages = _few_rows_blocks(num_inputs)
     is_aligned = num_outputs % _BLOCK_OUT == num_inputs % block_in == 0
     if x.dtype == torch.float32 or num_rows > MAX_ROWS or (num_rows > 1 and not is_aligned):
         return F.linear(x, weight, bias)
@@ -90,6 +107,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
             HAS_BIAS=bias is not None,
             BLOCK=_BLOCK_IN,
             num_warps=1,
+            **overlap_options(x.device),
         )
         return out
     _few_rows_kernel[(num_outputs // _BLOCK_OUT,)](
@@ -104,7 +122,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         ROWS=8 if num_rows <= 8 else MAX_ROWS,
         BLOCK_OUT=_BLOCK_OUT,
         BLOCK_IN=block_in,
-        NUM_STAGES=4,
-        num_warps=1,
+        NUM_STAGES=num_stages,
+        num_warps=num_warps,
+        **overlap_options(x.device),
     )
     return out
+
+
+def _few_rows_blocks(num_inputs: int) -> tuple[int, int, int]:
+    """(inputs at a time, warps, tiles under way), as measured on an H200."""
+    if num_inputs >= 2048 and num_inputs % 512 == 0:
+        return 512, 2, 3
+    return 256 if num_inputs % 256 == 0 else 64, 1, 4

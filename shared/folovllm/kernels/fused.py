@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .few_rows import linear
+from .overlap import let_next_start, overlap_options, wait_for_previous
 
 __all__ = ["add_rms_norm", "linear", "qk_norm_rope", "rms_norm", "silu_mul", "store_kv"]
 
@@ -33,12 +34,22 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, hidden_size, eps, BLO
 
 @triton.jit
 def _add_rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, hidden_size, eps, BLOCK: tl.constexpr
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    hidden_size,
+    eps,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_next_start(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < hidden_size
     base = row * hidden_size + offsets
+    weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    wait_for_previous(OVERLAP)
     x = tl.load(x_ptr + base, mask=mask, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + base, mask=mask, other=0.0).to(tl.float32)
     # Rounded before the mean is taken: the residual stream lives in the model's dtype.
@@ -46,7 +57,6 @@ def _add_rms_norm_kernel(
     tl.store(residual_ptr + base, rounded, mask=mask)
     total = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(total * total, axis=0) / hidden_size + eps)
-    weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     normed = (total * scale).to(out_ptr.dtype.element_ty).to(tl.float32)
     tl.store(out_ptr + base, (normed * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -65,7 +75,10 @@ def _qk_norm_rope_kernel(
     HALF_BLOCK: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
     dims = tl.arange(0, HALF_BLOCK)
@@ -94,7 +107,9 @@ def _qk_norm_rope_kernel(
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
@@ -153,7 +168,9 @@ def add_rms_norm(
     num_rows, hidden_size = x.shape
     out = torch.empty_like(residual)
     block = triton.next_power_of_2(hidden_size)
-    _add_rms_norm_kernel[(num_rows,)](x, residual, weight, out, hidden_size, eps, BLOCK=block)
+    _add_rms_norm_kernel[(num_rows,)](
+        x, residual, weight, out, hidden_size, eps, BLOCK=block, **overlap_options(x.device)
+    )
     return out
 
 
@@ -184,6 +201,7 @@ def qk_norm_rope(
         HEADS_BLOCK=_ROPE_HEADS,
         HAS_NORM=q_weight is not None,
         num_warps=2,
+        **overlap_options(qkv.device),
     )
 
 
@@ -193,7 +211,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     size = double // 2
     out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
     _silu_mul_kernel[(num_tokens, triton.cdiv(size, _SILU_BLOCK))](
-        gate_up, out, size, BLOCK=_SILU_BLOCK
+        gate_up, out, size, BLOCK=_SILU_BLOCK, **overlap_options(gate_up.device)
     )
     return out
 

@@ -1,0 +1,36 @@
+"""Starting a kernel while the one before it still runs (programmatic dependent launch, Hopper).
+
+Between two kernels of a stream the device drains, launches and fills again: a microsecond or two,
+as long as many kernels of a decode step take. A kernel that takes part lets the next one start
+as soon as all of its own programs have started, and waits before it touches what an earlier
+kernel wrote. What comes before that wait may read constants only, such as weights: the kernel
+before may itself still be waiting.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def let_next_start(OVERLAP: tl.constexpr):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """Return when every earlier kernel of the stream is done and what it wrote can be read."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@lru_cache
+def overlap_options(device: torch.device) -> dict[str, Any]:
+    """Launch options of a kernel with a parameter OVERLAP: on where the device can, else off."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
