@@ -7,6 +7,7 @@ and a step is padded to the next captured shape.
 
 import gc
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -65,11 +66,13 @@ class PinnedColumns:
     def upload(self, columns: Iterable[np.ndarray], paddings: Iterable[int]) -> None:
         """Fill the front with `columns` and the rest with `paddings`, in one copy.
 
-        The copy before must be done: an engine waits for every step's tokens, so it is.
+        What there is no column for is left out. The copy before must be done: an engine waits for
+        every step's tokens, so it is.
         """
-        for target, values, padding in zip(self.host, columns, paddings, strict=True):
+        for target, values, padding in zip(self.host, columns, paddings, strict=False):
             target[: len(values)] = values
-            target[len(values) :] = padding
+            if len(values) < len(target):
+                target[len(values) :] = padding
         self._twin.copy_(self._pinned, non_blocking=True)
 
 
@@ -83,11 +86,15 @@ class StepGraph:
         """[num_requests, vocab_size], of the last replay of any shape."""
         self.choices = torch.empty((2, num_requests), dtype=torch.int64, device=logits.device)
         """[2, num_requests] int64, see SampledTokens; rows of padding hold anything."""
-        lengths = [num_tokens] * 3 + [num_requests] * 5 + [num_requests + 1]
-        self._inputs = PinnedColumns(lengths, HostBatch.dtypes(), logits.device)
         is_decode = num_tokens == num_requests
+        # In a decode step request i is row i, always: nothing to upload.
+        lengths = [num_tokens] * 3 + [num_requests] * 4 + ([] if is_decode else [num_requests + 1])
+        dtypes = HostBatch.dtypes()[: len(lengths)]
+        self._inputs = PinnedColumns(lengths, dtypes, logits.device)
+        rows = torch.arange(num_requests + 1, dtype=torch.int32, device=logits.device)
         self.batch = InputBatch(
             *self._inputs.device,
+            *([rows] if is_decode else []),
             # A prompt of one token is a decode step, so that a graph launches one kernel.
             min_query_len=1 if is_decode else 2,
             max_query_len=1 if is_decode else num_tokens,
@@ -133,6 +140,8 @@ class StepGraphs:
         torch.cuda.empty_cache()  # capturing does it too, which would hide what graphs take
         free_before, _ = torch.cuda.mem_get_info(logits.device)
         self.graphs: dict[StepShape, StepGraph] = {}
+        self._decode_shapes = sorted(s for s in shapes if s.num_tokens == s.num_requests)
+        self._prompt_shapes = sorted(s for s in shapes if s.num_tokens > s.num_requests)
         # One stream for all: the matrix library keeps a workspace for every stream it has seen.
         stream, pool = torch.cuda.Stream(logits.device), torch.cuda.graph_pool_handle()
         try:
@@ -166,15 +175,14 @@ class StepGraphs:
 
     def find(self, num_tokens: int, num_requests: int) -> StepGraph | None:
         """The graph of the smallest shape that holds such a step; None if there is none."""
-        is_decode = num_tokens == num_requests
-        fitting = [
-            shape
-            for shape in self.graphs
-            if shape.num_tokens >= num_tokens
-            and shape.num_requests >= num_requests
-            and (shape.num_tokens == shape.num_requests) == is_decode
-        ]
-        return self.graphs[min(fitting)] if fitting else None
+        if num_tokens == num_requests:
+            shapes = self._decode_shapes
+        elif num_requests == 1:
+            shapes = self._prompt_shapes
+        else:
+            return None
+        index = bisect_left(shapes, (num_tokens, num_requests))
+        return self.graphs[shapes[index]] if index < len(shapes) else None
 
     def reading(self, batch: InputBatch) -> StepGraph | None:
         """The graph whose buffers this batch is; None if it is no graph's."""

@@ -20,7 +20,7 @@ class InputBatch:
 
         positions     [0, 1, 2, 6]     slot_mapping   [28, 29, 30, 10]
         table_rows    [5, 2]           table_entries  [40, 17]          last_block_ids [7, 2]
-        seq_lens      [3, 7]           cu_seqlens_q   [0, 3, 4]         logits_indices [2, 3]
+        seq_lens      [3, 7]           cu_seqlens_q   [0, 3, 4]
     """
 
     input_ids: torch.Tensor
@@ -37,8 +37,6 @@ class InputBatch:
     """[num_requests] int32, to be written there"""
     seq_lens: torch.Tensor
     """[num_requests] int32, tokens in the cache after this step; 0 for padding"""
-    logits_indices: torch.Tensor
-    """[num_requests] int64, each request's last row"""
     cu_seqlens_q: torch.Tensor
     """[num_requests + 1] int32, request i's tokens are rows [i] to [i + 1]"""
     _: KW_ONLY
@@ -58,7 +56,6 @@ class HostBatch:
     table_entries: np.ndarray
     last_block_ids: np.ndarray
     seq_lens: np.ndarray
-    logits_indices: np.ndarray
     cu_seqlens_q: np.ndarray
     _: KW_ONLY
     padding_row: int
@@ -77,7 +74,7 @@ class HostBatch:
     @staticmethod
     def dtypes() -> tuple[Any, ...]:
         """Of the columns."""
-        return (*[np.int64] * 5, np.int32, np.int32, np.int64, np.int32)
+        return (*[np.int64] * 5, *[np.int32] * 3)
 
     def columns(self) -> tuple[np.ndarray, ...]:
         """What is uploaded, in the order of the fields of `InputBatch`."""
@@ -89,14 +86,13 @@ class HostBatch:
             self.table_entries,
             self.last_block_ids,
             self.seq_lens,
-            self.logits_indices,
             self.cu_seqlens_q,
         )
 
     def paddings(self) -> tuple[int, ...]:
         """What fills up each column: tokens that are stored nowhere, requests without tokens."""
         first_entry = self.padding_row * self.num_columns
-        return (0, 0, -1, self.padding_row, first_entry, 0, 0, 0, self.num_tokens)
+        return (0, 0, -1, self.padding_row, first_entry, 0, 0, self.num_tokens)
 
     @staticmethod
     def gather(
@@ -107,34 +103,36 @@ class HostBatch:
         Costs O(num_requests) Python and O(num_tokens) numpy.
         """
         starts = np.array([s.request.num_computed_tokens for s in scheduled], dtype=np.int64)
-        query_lens = np.array([s.num_scheduled_tokens for s in scheduled], dtype=np.int64)
-        token_ids: list[int] = []
-        for s in scheduled:
-            start = s.request.num_computed_tokens
-            token_ids += s.request.token_ids[start : start + s.num_scheduled_tokens]
         rows = block_tables.assign(scheduled)
-        seq_lens = starts + query_lens
-        last_columns = (seq_lens - 1) // block_size
         last_block_ids = np.array([s.block_table[-1] for s in scheduled], dtype=np.int32)
-        block_tables.host[rows, last_columns] = last_block_ids
-        if len(token_ids) == len(scheduled):
+        token_ids: list[int] = []
+        for request, num_scheduled_tokens, _ in scheduled:
+            start = request.num_computed_tokens
+            token_ids += request.token_ids[start : start + num_scheduled_tokens]
+        is_decode = len(token_ids) == len(scheduled)
+        # query_lens [2, 3] -> cu_seqlens_q [0, 2, 5], places in the own request [0, 1, 0, 1, 2]
+        query_lens = 1 if is_decode else np.array([s.num_scheduled_tokens for s in scheduled])
+        seq_lens = starts + query_lens
+        last_columns, last_offsets = np.divmod(seq_lens - 1, block_size)
+        table_entries = rows * block_tables.num_columns + last_columns
+        block_tables.host.reshape(-1)[table_entries] = last_block_ids
+        if is_decode:
             cu_seqlens_q = np.arange(len(scheduled) + 1, dtype=np.int32)
-            positions, block_ids = starts, last_block_ids
+            positions, block_ids, offsets = starts, last_block_ids, last_offsets
         else:
-            # query_lens [2, 3] -> cu_seqlens_q [0, 2, 5], offsets [0, 1, 0, 1, 2]
             cu_seqlens_q = np.concatenate(([0], np.cumsum(query_lens))).astype(np.int32)
-            offsets = np.arange(len(token_ids)) - np.repeat(cu_seqlens_q[:-1], query_lens)
-            positions = np.repeat(starts, query_lens) + offsets
-            block_ids = block_tables.host[np.repeat(rows, query_lens), positions // block_size]
+            places = np.arange(len(token_ids)) - np.repeat(cu_seqlens_q[:-1], query_lens)
+            positions = np.repeat(starts, query_lens) + places
+            columns, offsets = np.divmod(positions, block_size)
+            block_ids = block_tables.host[np.repeat(rows, query_lens), columns]
         return HostBatch(
             input_ids=np.array(token_ids, dtype=np.int64),
             positions=positions,
-            slot_mapping=block_ids * np.int64(block_size) + positions % block_size,
+            slot_mapping=block_ids * np.int64(block_size) + offsets,
             table_rows=rows,
-            table_entries=rows * block_tables.num_columns + last_columns,
+            table_entries=table_entries,
             last_block_ids=last_block_ids,
             seq_lens=seq_lens.astype(np.int32),
-            logits_indices=cu_seqlens_q[1:].astype(np.int64) - 1,
             cu_seqlens_q=cu_seqlens_q,
             padding_row=block_tables.padding_row,
             num_columns=block_tables.num_columns,
@@ -152,7 +150,6 @@ class HostBatch:
             table_entries=empty,
             last_block_ids=empty_int32,
             seq_lens=empty_int32,
-            logits_indices=empty,
             cu_seqlens_q=np.zeros(1, dtype=np.int32),
             padding_row=block_tables.padding_row,
             num_columns=block_tables.num_columns,

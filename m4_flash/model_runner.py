@@ -89,7 +89,7 @@ class ModelRunner:
         attend = partial(self.attention.forward, metadata)
         hidden = self.model(batch.input_ids, batch.positions, attend)
         if batch.max_query_len > 1:
-            hidden = hidden[batch.logits_indices]
+            hidden = hidden.index_select(0, batch.cu_seqlens_q[1:] - 1)
         return self.model.compute_logits(hidden, out)
 
     def _replay(self, graph: StepGraph, requests: Sequence[Request]) -> SamplerOutput:
