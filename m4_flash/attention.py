@@ -17,7 +17,7 @@ from .kv_cache import KVCache
 class AttentionMetadata:
     """Where each request's queries, keys and values are in this step.
 
-    Nothing is padded: tokens of all requests lie end to end, and every length is on the device,
+    No request is padded to another's length: tokens lie end to end. Every length is on the device,
     so that a captured graph reads the lengths of the step that replays it. Two requests with 3
     and 1 tokens to compute, the second with 6 tokens in the cache already, blocks of 4:
 

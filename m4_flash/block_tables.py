@@ -1,13 +1,24 @@
 """Block tables of the running requests, kept on the device from step to step."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from folovllm.request import Request, RequestStatus
 from folovllm.transfer import upload
 
 from .scheduler import ScheduledRequest
+
+
+class _Copy(NamedTuple):
+    """Whose table a row holds."""
+
+    row: int
+    request: Request
+    block_table: Sequence[int]
+    """The list that was copied; the manager appends to it, or makes a new one."""
 
 
 class BlockTables:
@@ -23,10 +34,9 @@ class BlockTables:
         self.host = np.zeros((num_rows + 1, num_columns), dtype=np.int32)
         """[num_rows + 1, num_columns]; the last row belongs to nobody: padding points to it."""
         self.device = torch.zeros(self.host.shape, dtype=torch.int32, device=device)
+        self.num_columns = num_columns
         self.padding_row = num_rows
-        self.rows: dict[str, int] = {}
-        self.tables: dict[str, Sequence[int]] = {}
-        """The list that a request's row was copied from."""
+        self.copies: dict[str, _Copy] = {}
         self.free_rows = list(range(num_rows))
 
     def assign(self, scheduled: Sequence[ScheduledRequest]) -> np.ndarray:
@@ -34,37 +44,36 @@ class BlockTables:
 
         The entries that single-token requests write to this step are left to the caller.
         """
+        copies = [self.copies.get(s.request.request_id) for s in scheduled]
         stale = [
             s
-            for s in scheduled
-            if s.num_scheduled_tokens > 1
-            or self.tables.get(s.request.request_id) is not s.block_table
+            for s, copy in zip(scheduled, copies, strict=True)
+            if copy is None or copy.block_table is not s.block_table or s.num_scheduled_tokens > 1
         ]
         if stale:
-            self._copy(stale, scheduled)
-        rows = self.rows
-        return np.array([rows[s.request.request_id] for s in scheduled], dtype=np.int64)
+            self._copy(stale)
+            copies = [self.copies[s.request.request_id] for s in scheduled]
+        return np.array([copy.row for copy in copies if copy], dtype=np.int64)
 
-    def _copy(
-        self, stale: Sequence[ScheduledRequest], scheduled: Sequence[ScheduledRequest]
-    ) -> None:
-        num_new = sum(s.request.request_id not in self.rows for s in stale)
+    def _copy(self, stale: Sequence[ScheduledRequest]) -> None:
+        num_new = sum(s.request.request_id not in self.copies for s in stale)
         if num_new > len(self.free_rows):
-            self._forget_all_but(scheduled)
-        for s in stale:
-            request_id = s.request.request_id
-            if request_id not in self.rows:
-                self.rows[request_id] = self.free_rows.pop()
-            self.tables[request_id] = s.block_table
-            self.host[self.rows[request_id], : len(s.block_table)] = s.block_table
-        rows = np.array([self.rows[s.request.request_id] for s in stale], dtype=np.int64)
+            self._forget_who_left()
+        rows = []
+        for request, _, block_table in stale:
+            known = self.copies.get(request.request_id)
+            rows.append(known.row if known else self.free_rows.pop())
+            self.copies[request.request_id] = _Copy(rows[-1], request, block_table)
+            self.host[rows[-1], : len(block_table)] = block_table
         num_columns = max(len(s.block_table) for s in stale)
-        device_rows, entries = upload((rows, self.host[rows, :num_columns]), self.device.device)
+        device_rows, entries = upload(
+            (np.array(rows), self.host[rows, :num_columns]), self.device.device
+        )
         self.device[:, :num_columns].index_copy_(0, device_rows, entries)
 
-    def _forget_all_but(self, scheduled: Sequence[ScheduledRequest]) -> None:
-        """Free the rows of everybody else: finished, or back in a later step and copied then."""
-        kept = {s.request.request_id for s in scheduled}
-        for request_id in self.rows.keys() - kept:
-            self.free_rows.append(self.rows.pop(request_id))
-            del self.tables[request_id]
+    def _forget_who_left(self) -> None:
+        """Free the rows of requests that do not run: finished, preempted, or aborted."""
+        for request_id, copy in list(self.copies.items()):
+            if copy.request.status is not RequestStatus.RUNNING:
+                self.free_rows.append(copy.row)
+                del self.copies[request_id]

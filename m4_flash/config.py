@@ -54,9 +54,11 @@ class EngineConfig:
     """triton is this stage's own, flash_attn the installed package (FlashAttention-3's, else
     FlashAttention-2's), torch the reference; auto is triton on a GPU and torch on a CPU."""
     enforce_eager: bool = False
-    """Launch every kernel of a decode step by itself instead of replaying a CUDA graph."""
+    """Launch every kernel of a small step by itself instead of replaying a CUDA graph."""
     max_graph_size: int = 256
     """Most requests in a decode step that is replayed from a CUDA graph."""
+    max_graph_prompt_len: int = 512
+    """Longest prompt that is replayed from a CUDA graph, if alone in its step; 0 for none."""
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -81,6 +83,10 @@ class EngineConfig:
             raise ValueError(f"swap_cache_tokens must be at least 0, got {self.swap_cache_tokens}")
         if self.max_graph_size < 1:
             raise ValueError(f"max_graph_size must be at least 1, got {self.max_graph_size}")
+        if self.max_graph_prompt_len < 0:
+            raise ValueError(
+                f"max_graph_prompt_len must be at least 0, got {self.max_graph_prompt_len}"
+            )
 
     @property
     def num_swap_blocks(self) -> int:

@@ -1,12 +1,12 @@
-"""Decode steps as CUDA graphs: all launches of a step, recorded once, are one call.
+"""Small steps as CUDA graphs: all launches of a step, recorded once, are one call.
 
-A launch costs the host more than most kernels of a decode step cost the device. A graph replays
+A launch costs the host more than most kernels of a small step cost the device. A graph replays
 the same launches on the same addresses, so inputs and outputs live in buffers that never move,
-and a batch is padded to the next captured size.
+and a step is padded to the next captured shape.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,109 +18,131 @@ from .input_batch import HostBatch, InputBatch
 
 RunStepFn = Callable[[InputBatch, Noise, torch.Tensor], torch.Tensor]
 """(batch, noise, logits [num_requests, vocab_size], written) -> choices [2, num_requests]."""
+_ALIGNMENT = 16
+"""Bytes, as in folovllm.transfer."""
 
 
-class _Twin(NamedTuple):
-    """The same bytes in pinned host memory and on the device."""
+class StepShape(NamedTuple):
+    """What a graph is captured for; a step of fewer tokens and requests is padded to it."""
 
-    host: torch.Tensor
-    device: torch.Tensor
-
-    def upload(self) -> None:
-        self.device.copy_(self.host, non_blocking=True)
+    num_tokens: int
+    num_requests: int
 
 
-class DecodeGraph:
-    """The decode step of up to `size` requests, ready to be replayed."""
+def decode_shapes(max_size: int) -> list[StepShape]:
+    """One token of 1, 2, 4 requests, of multiples of 8 to 64 and of 16 beyond, and of max_size."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, max_size, 16)]
+    return [StepShape(size, size) for size in (*(s for s in sizes if s < max_size), max_size)]
 
-    def __init__(self, size: int, padding: HostBatch, logits: torch.Tensor) -> None:
-        """padding: what an unused row holds, as a batch of one request; logits: see DecodeGraphs.
 
-        The buffers start as `size` rows of padding.
+def prompt_shapes(max_len: int) -> list[StepShape]:
+    """One request of up to 64, 128, … tokens, and of max_len."""
+    lengths = [64 << doubling for doubling in range(max_len.bit_length())]
+    shorter = [length for length in lengths if length < max_len]
+    return [StepShape(length, 1) for length in (*shorter, *([max_len] if max_len > 1 else []))]
+
+
+class PinnedColumns:
+    """Named by position: arrays of fixed length in pinned host memory, and their twins."""
+
+    def __init__(self, lengths: Sequence[int], dtypes: Sequence[Any], device: torch.device) -> None:
+        offsets, end = [], 0
+        for length, dtype in zip(lengths, dtypes, strict=True):
+            offsets.append(end)
+            end += -(-length * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
+        self._pinned = torch.zeros(end, dtype=torch.uint8, pin_memory=True)
+        self._twin = torch.zeros(end, dtype=torch.uint8, device=device)
+        self.host: list[np.ndarray] = []
+        self.device: list[torch.Tensor] = []
+        for offset, length, dtype in zip(offsets, lengths, dtypes, strict=True):
+            window = slice(offset, offset + length * np.dtype(dtype).itemsize)
+            self.host.append(self._pinned.numpy()[window].view(dtype))
+            torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+            self.device.append(self._twin[window].view(torch_dtype))
+
+    def upload(self, columns: Iterable[np.ndarray], paddings: Iterable[int]) -> None:
+        """Fill the front with `columns` and the rest with `paddings`, in one copy.
+
+        The copy before must be done: an engine waits for every step's tokens, so it is.
         """
-        self.size = size
-        self.logits = logits[:size]
-        """[size, vocab_size], of the last replay of any size."""
-        self.choices = torch.empty((2, size), dtype=torch.int64, device=logits.device)
-        """[2, size] int64, see SampledTokens; rows of padding hold anything."""
-        arrays = [np.repeat(column, size) for column in padding.columns()]
-        num_bytes = [-(-array.nbytes // 8) * 8 for array in arrays]
-        self.twin = _Twin(
-            torch.zeros(sum(num_bytes), dtype=torch.uint8, pin_memory=True),
-            torch.zeros(sum(num_bytes), dtype=torch.uint8, device=logits.device),
+        for target, values, padding in zip(self.host, columns, paddings, strict=True):
+            target[: len(values)] = values
+            target[len(values) :] = padding
+        self._twin.copy_(self._pinned, non_blocking=True)
+
+
+class StepGraph:
+    """A step of one shape, ready to be filled and replayed."""
+
+    def __init__(self, shape: StepShape, logits: torch.Tensor) -> None:
+        """logits: see StepGraphs."""
+        num_tokens, num_requests = shape
+        self.logits = logits[:num_requests]
+        """[num_requests, vocab_size], of the last replay of any shape."""
+        self.choices = torch.empty((2, num_requests), dtype=torch.int64, device=logits.device)
+        """[2, num_requests] int64, see SampledTokens; rows of padding hold anything."""
+        lengths = [num_tokens] * 3 + [num_requests] * 5 + [num_requests + 1]
+        self._inputs = PinnedColumns(lengths, HostBatch.dtypes(), logits.device)
+        is_decode = num_tokens == num_requests
+        self.batch = InputBatch(
+            *self._inputs.device,
+            # A prompt of one token is a decode step, so that a graph launches one kernel.
+            min_query_len=1 if is_decode else 2,
+            max_query_len=1 if is_decode else num_tokens,
         )
-        self.columns: list[np.ndarray] = []
-        tensors, offset = [], 0
-        for array, length in zip(arrays, num_bytes, strict=True):
-            window = slice(offset, offset + array.nbytes)
-            self.columns.append(self.twin.host.numpy()[window].view(array.dtype))
-            self.columns[-1][:] = array
-            tensors.append(self.twin.device[window].view(torch.from_numpy(array).dtype))
-            offset += length
-        self.paddings = [column[0] for column in padding.columns()]
-        self.twin.upload()
-        self.batch = InputBatch.of_single_tokens(tensors)
-        self.noise = Noise(
-            temperatures=torch.zeros(size, dtype=torch.float32, device=logits.device),
-            seeds=torch.zeros(size, dtype=torch.int64, device=logits.device),
-            positions=torch.zeros(size, dtype=torch.int64, device=logits.device),
-        )
-        self.has_noise = False
+        noise_dtypes = (np.float32, np.int64, np.int64)
+        self._noise = PinnedColumns([num_requests] * 3, noise_dtypes, logits.device)
+        self.noise = Noise(*self._noise.device)
+        self._is_greedy = True
         self.graph = torch.cuda.CUDAGraph()
 
     def fill(self, host_batch: HostBatch) -> InputBatch:
-        """Put a step's inputs where the graph reads them, in one copy."""
-        num_requests = host_batch.num_requests
-        for column, values, padding in zip(
-            self.columns, host_batch.columns(), self.paddings, strict=True
-        ):
-            column[:num_requests] = values
-            column[num_requests:] = padding
-        self.twin.upload()
+        """Put a step's inputs where the graph reads them."""
+        self._inputs.upload(host_batch.columns(), host_batch.paddings())
         return self.batch
 
     def set_noise(self, noise: Sequence[np.ndarray]) -> None:
         """noise: as `Sampler.collect_noise` returns it; empty for a batch of greedy requests."""
-        if not noise:
-            if self.has_noise:
-                self.noise.temperatures.zero_()
-                self.has_noise = False
-            return
-        num_requests = len(noise[0])
-        columns = (self.noise.temperatures, self.noise.seeds, self.noise.positions)
-        for column, values in zip(columns, noise, strict=True):
-            column[:num_requests].copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)
-        self.has_noise = True
+        if noise or not self._is_greedy:
+            self._noise.upload(noise or [np.empty(0)] * 3, (0, 0, 0))
+        self._is_greedy = not noise
 
 
-class DecodeGraphs:
-    """Captured decode steps of several sizes, which share their memory.
+class StepGraphs:
+    """Captured steps of several shapes, which share their memory.
 
-    Capturing happens at start-up, largest size first, so that smaller ones fit into the memory of
+    Capturing happens at start-up, largest shape first, so that smaller ones fit into the memory of
     the larger, and no request waits for it.
     """
 
     def __init__(
-        self, sizes: Sequence[int], padding: HostBatch, logits: torch.Tensor, run_step: RunStepFn
+        self,
+        shapes: Sequence[StepShape],
+        nothing: HostBatch,
+        logits: torch.Tensor,
+        run_step: RunStepFn,
     ) -> None:
-        """logits: [max(sizes), vocab_size], where every size writes its logits.
+        """nothing: a batch without requests, whose paddings fill graphs while they are recorded.
 
+        logits: [most requests of a shape, vocab_size], where every shape writes its logits.
         ValueError if the device's memory does not suffice.
         """
         start = time.perf_counter()
         torch.cuda.empty_cache()  # capturing does it too, which would hide what graphs take
         free_before, _ = torch.cuda.mem_get_info(logits.device)
-        self.graphs: dict[int, DecodeGraph] = {}
+        self.graphs: dict[StepShape, StepGraph] = {}
         # One stream for all: the matrix library keeps a workspace for every stream it has seen.
         stream, pool = torch.cuda.Stream(logits.device), torch.cuda.graph_pool_handle()
         try:
-            for size in sorted(sizes, reverse=True):
-                self.graphs[size] = DecodeGraph(size, padding, logits)
-                self._capture(self.graphs[size], run_step, stream, pool)
+            for shape in sorted(shapes, reverse=True):
+                self.graphs[shape] = StepGraph(shape, logits)
+                self.graphs[shape].fill(nothing)
+                self._capture(self.graphs[shape], run_step, stream, pool)
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"no memory is left to capture CUDA graphs of up to {max(sizes)} requests; lower "
-                f"kv_cache_bytes, gpu_memory_utilization or max_graph_size, or set enforce_eager"
+                f"no memory is left to capture CUDA graphs of up to {max(shapes).num_tokens} "
+                f"tokens; lower kv_cache_bytes, gpu_memory_utilization, max_graph_size or "
+                f"max_graph_prompt_len, or set enforce_eager"
             ) from error
         torch.cuda.synchronize(logits.device)
         free_after, _ = torch.cuda.mem_get_info(logits.device)
@@ -129,7 +151,7 @@ class DecodeGraphs:
         """Device memory that the graphs took."""
 
     def _capture(
-        self, graph: DecodeGraph, run_step: RunStepFn, stream: torch.cuda.Stream, pool: Any
+        self, graph: StepGraph, run_step: RunStepFn, stream: torch.cuda.Stream, pool: Any
     ) -> None:
         """Run the step once, which compiles kernels and loads libraries, then record it."""
         stream.wait_stream(torch.cuda.current_stream())
@@ -139,17 +161,20 @@ class DecodeGraphs:
         with torch.cuda.graph(graph.graph, pool=pool, stream=stream):
             graph.choices.copy_(run_step(graph.batch, graph.noise, graph.logits))
 
-    def size_for(self, num_requests: int) -> int | None:
-        """The smallest captured size that holds so many requests; None if all are too small."""
-        return min((size for size in self.graphs if size >= num_requests), default=None)
+    def find(self, num_tokens: int, num_requests: int) -> StepGraph | None:
+        """The graph of the smallest shape that holds such a step; None if there is none."""
+        is_decode = num_tokens == num_requests
+        fitting = [
+            shape
+            for shape in self.graphs
+            if shape.num_tokens >= num_tokens
+            and shape.num_requests >= num_requests
+            and (shape.num_tokens == shape.num_requests) == is_decode
+        ]
+        return self.graphs[min(fitting)] if fitting else None
 
-    def find(self, batch: InputBatch) -> DecodeGraph | None:
-        """The graph that reads this batch, if it is a graph's."""
-        graph = self.graphs.get(len(batch.input_ids))
+    def reading(self, batch: InputBatch) -> StepGraph | None:
+        """The graph whose buffers this batch is; None if it is no graph's."""
+        shape = StepShape(len(batch.input_ids), len(batch.seq_lens))
+        graph = self.graphs.get(shape)
         return graph if graph is not None and graph.batch is batch else None
-
-
-def capture_sizes(max_size: int) -> list[int]:
-    """1, 2, 4, then multiples of 8 to 64 and of 16 beyond, and max_size itself."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, max_size, 16)]
-    return [size for size in sizes if size < max_size] + [max_size]

@@ -57,7 +57,7 @@ def _cache_offsets(
 
 @triton.jit
 def _find_request(cu_seqlens_ptr, num_requests, tile, TILE_Q: tl.constexpr):
-    """The request that owns a tile of queries.
+    """The request that owns a tile of queries (the mapping of vLLM's Triton kernels).
 
     Request r owns the tiles from cu_seqlens[r] // TILE_Q + r on: with tiles of 4 and queries
     [5, 3, 4], cu_seqlens is [0, 5, 8, 12], the first tiles are [0, 2, 4], and tile 1 is the

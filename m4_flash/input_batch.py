@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,89 +12,16 @@ from .scheduler import ScheduledRequest
 
 
 @dataclass(frozen=True)
-class HostBatch:
-    """What a step computes, as numpy arrays; `InputBatch` documents the fields."""
-
-    input_ids: np.ndarray
-    positions: np.ndarray
-    slot_mapping: np.ndarray
-    table_rows: np.ndarray
-    table_entries: np.ndarray
-    last_block_ids: np.ndarray
-    seq_lens: np.ndarray
-    query_lens: np.ndarray
-    """[num_requests] int64"""
-
-    @property
-    def num_requests(self) -> int:
-        return len(self.seq_lens)
-
-    def columns(self) -> tuple[np.ndarray, ...]:
-        """What a batch of single tokens uploads, in the order of `InputBatch.of_single_tokens`."""
-        return (
-            self.input_ids,
-            self.positions,
-            self.slot_mapping,
-            self.table_rows,
-            self.table_entries,
-            self.last_block_ids,
-            self.seq_lens,
-        )
-
-    @staticmethod
-    def gather(
-        scheduled: Sequence[ScheduledRequest], block_tables: BlockTables, block_size: int
-    ) -> "HostBatch":
-        """Collect the step from its requests, and bring the rows of `block_tables` up to date.
-
-        Costs O(num_requests) Python and O(num_tokens) numpy.
-        """
-        starts = np.array([s.request.num_computed_tokens for s in scheduled], dtype=np.int64)
-        query_lens = np.array([s.num_scheduled_tokens for s in scheduled], dtype=np.int64)
-        seq_lens = starts + query_lens
-        token_ids: list[int] = []
-        for s, start in zip(scheduled, starts.tolist(), strict=True):
-            token_ids += s.request.token_ids[start : start + s.num_scheduled_tokens]
-        rows = block_tables.assign(scheduled)
-        last_block_ids = np.array([s.block_table[-1] for s in scheduled], dtype=np.int32)
-        last_columns = (seq_lens - 1) // block_size
-        block_tables.host[rows, last_columns] = last_block_ids
-        # query_lens [2, 3] -> ends [2, 5], offsets in the own request [0, 1, 0, 1, 2]
-        ends = np.cumsum(query_lens)
-        offsets = np.arange(ends[-1]) - np.repeat(ends - query_lens, query_lens)
-        positions = np.repeat(starts, query_lens) + offsets
-        block_ids = block_tables.host[np.repeat(rows, query_lens), positions // block_size]
-        return HostBatch(
-            input_ids=np.array(token_ids, dtype=np.int64),
-            positions=positions,
-            slot_mapping=block_ids.astype(np.int64) * block_size + positions % block_size,
-            table_rows=rows,
-            table_entries=rows * block_tables.host.shape[1] + last_columns,
-            last_block_ids=last_block_ids,
-            seq_lens=seq_lens.astype(np.int32),
-            query_lens=query_lens,
-        )
-
-    @staticmethod
-    def padding(block_tables: BlockTables) -> "HostBatch":
-        """One row that computes a token for nobody: it stores nothing and attends to nothing."""
-        zero = np.zeros(1, dtype=np.int64)
-        row = zero + block_tables.padding_row
-        return HostBatch(
-            input_ids=zero,
-            positions=zero,
-            slot_mapping=zero - 1,
-            table_rows=row,
-            table_entries=row * block_tables.host.shape[1],
-            last_block_ids=zero.astype(np.int32),
-            seq_lens=zero.astype(np.int32),
-            query_lens=zero + 1,
-        )
-
-
-@dataclass(frozen=True)
 class InputBatch:
-    """The same on the device."""
+    """What the model reads in one step, on the device.
+
+    Two requests with 3 and 1 tokens to compute, the second with 6 in the cache, rows 5 and 2 of
+    BlockTables with 8 columns, blocks of 4, and tables [7] and [3, 2]:
+
+        positions     [0, 1, 2, 6]     slot_mapping   [28, 29, 30, 10]
+        table_rows    [5, 2]           table_entries  [40, 17]          last_block_ids [7, 2]
+        seq_lens      [3, 7]           cu_seqlens_q   [0, 3, 4]         logits_indices [2, 3]
+    """
 
     input_ids: torch.Tensor
     """[num_tokens] int64"""
@@ -109,23 +37,123 @@ class InputBatch:
     """[num_requests] int32, to be written there"""
     seq_lens: torch.Tensor
     """[num_requests] int32, tokens in the cache after this step; 0 for padding"""
-    _: KW_ONLY
-    cu_seqlens_q: torch.Tensor
-    """[num_requests + 1] int32, request i's tokens are rows [i] to [i + 1]"""
     logits_indices: torch.Tensor
     """[num_requests] int64, each request's last row"""
+    cu_seqlens_q: torch.Tensor
+    """[num_requests + 1] int32, request i's tokens are rows [i] to [i + 1]"""
+    _: KW_ONLY
     min_query_len: int
     """Known to the host, which decides by them what to launch."""
     max_query_len: int
 
+
+@dataclass(frozen=True)
+class HostBatch:
+    """The same as numpy arrays, in the same order."""
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    slot_mapping: np.ndarray
+    table_rows: np.ndarray
+    table_entries: np.ndarray
+    last_block_ids: np.ndarray
+    seq_lens: np.ndarray
+    logits_indices: np.ndarray
+    cu_seqlens_q: np.ndarray
+    _: KW_ONLY
+    padding_row: int
+    """The row of BlockTables that belongs to nobody."""
+    num_columns: int
+    """Of BlockTables."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.seq_lens)
+
     @staticmethod
-    def of_single_tokens(columns: Sequence[torch.Tensor]) -> "InputBatch":
-        """columns: as `HostBatch.columns`; every request has one token."""
-        size, device = len(columns[0]), columns[0].device
-        return InputBatch(
-            *columns,
-            cu_seqlens_q=torch.arange(size + 1, dtype=torch.int32, device=device),
-            logits_indices=torch.arange(size, device=device),
-            min_query_len=1,
-            max_query_len=1,
+    def dtypes() -> tuple[Any, ...]:
+        """Of the columns."""
+        return (*[np.int64] * 5, np.int32, np.int32, np.int64, np.int32)
+
+    def columns(self) -> tuple[np.ndarray, ...]:
+        """What is uploaded, in the order of the fields of `InputBatch`."""
+        return (
+            self.input_ids,
+            self.positions,
+            self.slot_mapping,
+            self.table_rows,
+            self.table_entries,
+            self.last_block_ids,
+            self.seq_lens,
+            self.logits_indices,
+            self.cu_seqlens_q,
+        )
+
+    def paddings(self) -> tuple[int, ...]:
+        """What fills up each column: tokens that are stored nowhere, requests without tokens."""
+        first_entry = self.padding_row * self.num_columns
+        return (0, 0, -1, self.padding_row, first_entry, 0, 0, 0, self.num_tokens)
+
+    @staticmethod
+    def gather(
+        scheduled: Sequence[ScheduledRequest], block_tables: BlockTables, block_size: int
+    ) -> "HostBatch":
+        """Collect the step from its requests, and bring the rows of `block_tables` up to date.
+
+        Costs O(num_requests) Python and O(num_tokens) numpy.
+        """
+        starts = np.array([s.request.num_computed_tokens for s in scheduled], dtype=np.int64)
+        query_lens = np.array([s.num_scheduled_tokens for s in scheduled], dtype=np.int64)
+        token_ids: list[int] = []
+        for s in scheduled:
+            start = s.request.num_computed_tokens
+            token_ids += s.request.token_ids[start : start + s.num_scheduled_tokens]
+        rows = block_tables.assign(scheduled)
+        seq_lens = starts + query_lens
+        last_columns = (seq_lens - 1) // block_size
+        last_block_ids = np.array([s.block_table[-1] for s in scheduled], dtype=np.int32)
+        block_tables.host[rows, last_columns] = last_block_ids
+        if len(token_ids) == len(scheduled):
+            cu_seqlens_q = np.arange(len(scheduled) + 1, dtype=np.int32)
+            positions, block_ids = starts, last_block_ids
+        else:
+            # query_lens [2, 3] -> cu_seqlens_q [0, 2, 5], offsets [0, 1, 0, 1, 2]
+            cu_seqlens_q = np.concatenate(([0], np.cumsum(query_lens))).astype(np.int32)
+            offsets = np.arange(len(token_ids)) - np.repeat(cu_seqlens_q[:-1], query_lens)
+            positions = np.repeat(starts, query_lens) + offsets
+            block_ids = block_tables.host[np.repeat(rows, query_lens), positions // block_size]
+        return HostBatch(
+            input_ids=np.array(token_ids, dtype=np.int64),
+            positions=positions,
+            slot_mapping=block_ids * np.int64(block_size) + positions % block_size,
+            table_rows=rows,
+            table_entries=rows * block_tables.num_columns + last_columns,
+            last_block_ids=last_block_ids,
+            seq_lens=seq_lens.astype(np.int32),
+            logits_indices=cu_seqlens_q[1:].astype(np.int64) - 1,
+            cu_seqlens_q=cu_seqlens_q,
+            padding_row=block_tables.padding_row,
+            num_columns=block_tables.num_columns,
+        )
+
+    @staticmethod
+    def nothing(block_tables: BlockTables) -> "HostBatch":
+        """A step without requests, to be padded."""
+        empty, empty_int32 = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32)
+        return HostBatch(
+            input_ids=empty,
+            positions=empty,
+            slot_mapping=empty,
+            table_rows=empty,
+            table_entries=empty,
+            last_block_ids=empty_int32,
+            seq_lens=empty_int32,
+            logits_indices=empty,
+            cu_seqlens_q=np.zeros(1, dtype=np.int32),
+            padding_row=block_tables.padding_row,
+            num_columns=block_tables.num_columns,
         )

@@ -18,7 +18,7 @@ from folovllm.transfer import upload
 from .attention import AttentionMetadata, TorchAttention, select_attention
 from .block_tables import BlockTables
 from .config import EngineConfig
-from .cuda_graph import DecodeGraph, DecodeGraphs, capture_sizes
+from .cuda_graph import StepGraph, StepGraphs, decode_shapes, prompt_shapes
 from .input_batch import HostBatch, InputBatch
 from .kv_cache import KVCache
 from .scheduler import ScheduledRequest, SchedulerOutput
@@ -31,7 +31,7 @@ class ModelRunner:
         self.config = config
         self.model = model
         self.sampler = Sampler(model.config.vocab_size, model.device)
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         num_bytes = config.kv_cache_bytes
         if num_bytes is None:
             num_bytes = profile_kv_cache_bytes(
@@ -51,7 +51,7 @@ class ModelRunner:
             return SamplerOutput(token_ids=[], logprobs=[])
         requests = [s.request for s in scheduler_output.scheduled]
         batch = self.prepare_inputs(scheduler_output)
-        graph = self.graphs.find(batch) if self.graphs else None
+        graph = self.graphs.reading(batch) if self.graphs else None
         if graph is not None:
             return self._replay(graph, requests)
         sampling = self.sampler.prepare(requests)
@@ -60,26 +60,18 @@ class ModelRunner:
     def prepare_inputs(self, scheduler_output: SchedulerOutput) -> InputBatch:
         """Gather what the model reads, on the host, and upload it in one copy.
 
-        A decode step lands in the buffers of a captured graph, if there is one of its size.
+        A small step lands in the buffers of a captured graph, if there is one of its shape.
         """
         scheduled = scheduler_output.scheduled
         host = HostBatch.gather(scheduled, self.block_tables, self.config.block_size)
-        is_decode_step = len(host.input_ids) == host.num_requests
-        if self.graphs is not None and is_decode_step:
-            size = self.graphs.size_for(host.num_requests)
-            if size is not None:
-                return self.graphs.graphs[size].fill(host)
-        ends = np.cumsum(host.query_lens)
-        cu_seqlens_q = np.concatenate(([0], ends)).astype(np.int32)
-        (*columns, device_cu_seqlens_q, logits_indices) = upload(
-            (*host.columns(), cu_seqlens_q, ends - 1), self.model.device
-        )
+        graph = self.graphs.find(host.num_tokens, host.num_requests) if self.graphs else None
+        if graph is not None:
+            return graph.fill(host)
+        query_lens = np.diff(host.cu_seqlens_q)
         return InputBatch(
-            *columns,
-            cu_seqlens_q=device_cu_seqlens_q,
-            logits_indices=logits_indices,
-            min_query_len=int(host.query_lens.min()),
-            max_query_len=int(host.query_lens.max()),
+            *upload(host.columns(), self.model.device),
+            min_query_len=int(query_lens.min()),
+            max_query_len=int(query_lens.max()),
         )
 
     def _compute_logits(self, batch: InputBatch, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -100,7 +92,7 @@ class ModelRunner:
             hidden = hidden[batch.logits_indices]
         return self.model.compute_logits(hidden, out)
 
-    def _replay(self, graph: DecodeGraph, requests: Sequence[Request]) -> SamplerOutput:
+    def _replay(self, graph: StepGraph, requests: Sequence[Request]) -> SamplerOutput:
         noise = self.sampler.collect_noise(requests)
         if noise is not None:
             graph.set_noise(noise)
@@ -113,8 +105,11 @@ class ModelRunner:
         return self.sampler.sample(graph.logits[: len(requests)], sampling).to_host()
 
     @torch.inference_mode()
-    def _capture(self) -> DecodeGraphs:
-        max_size = min(self.config.max_graph_size, self.config.max_num_seqs)
+    def _capture(self) -> StepGraphs:
+        config = self.config
+        max_size = min(config.max_graph_size, config.max_num_seqs)
+        max_prompt_len = min(config.max_graph_prompt_len, config.max_model_len)
+        shapes = decode_shapes(max_size) + prompt_shapes(max_prompt_len)
         choose_tokens = select_choose_tokens(self.model.device)
 
         def run_step(batch: InputBatch, noise: Noise, logits: torch.Tensor) -> torch.Tensor:
@@ -123,8 +118,7 @@ class ModelRunner:
 
         vocab_size, model = self.model.config.vocab_size, self.model
         logits = torch.empty((max_size, vocab_size), dtype=model.dtype, device=model.device)
-        padding = HostBatch.padding(self.block_tables)
-        return DecodeGraphs(capture_sizes(max_size), padding, logits, run_step)
+        return StepGraphs(shapes, HostBatch.nothing(self.block_tables), logits, run_step)
 
     def _use_cache(self, num_bytes: int) -> None:
         self.kv_cache = KVCache(self.config, self.model, num_bytes)

@@ -105,7 +105,7 @@ def _describe_graphs(graphs: Any) -> dict[str, Any] | None:
     if graphs is None:
         return None
     return {
-        "sizes": sorted(graphs.graphs),
+        "shapes": sorted(graphs.graphs),
         "capture_s": graphs.capture_s,
         "num_bytes": graphs.num_bytes,
     }

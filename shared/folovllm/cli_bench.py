@@ -102,8 +102,8 @@ def format_summary(result: dict[str, Any]) -> str:
     ]
     graphs = result.get("cuda_graphs")
     if graphs:
-        sizes, mib = graphs["sizes"], graphs["num_bytes"] / 2**20
-        what = f"{len(sizes)} sizes up to {sizes[-1]} in {graphs['capture_s']:.1f} s, {mib:.0f} MiB"
+        count, mib = len(graphs["shapes"]), graphs["num_bytes"] / 2**20
+        what = f"{count} shapes in {graphs['capture_s']:.1f} s, {mib:.0f} MiB"
         rows.append(("CUDA graphs", what))
     title = f"{result['stage']}, {result['model']['name']}, {result['device']}"
     return "\n".join([title, *(f"  {name:<22} {value}" for name, value in rows)])
