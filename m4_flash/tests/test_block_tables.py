@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from folovllm.request import Request, SamplingParams
+from folovllm.request import Request, RequestStatus, SamplingParams
 from folovllm.testing.driver import drain, make_requests, random_prompts
 from folovllm.testing.engine_contract import toy_model
 from m4_flash.block_tables import BlockTables
@@ -25,13 +25,15 @@ class CountedTables(BlockTables):
         super().__init__(num_rows, num_columns, torch.device("cpu"))
         self.copied: list[list[str]] = []
 
-    def _copy(self, stale, scheduled) -> None:
+    def _copy(self, stale) -> None:
         self.copied.append([s.request.request_id for s in stale])
-        super()._copy(stale, scheduled)
+        super()._copy(stale)
 
 
 def share(request_id: str, table: list[int], num_tokens: int = 1) -> ScheduledRequest:
+    """A running request's part of a step."""
     (request,) = make_requests([[1]], SamplingParams(max_tokens=1), ids=[request_id])
+    request.status = RequestStatus.RUNNING
     return ScheduledRequest(request, num_tokens, table)
 
 
@@ -101,43 +103,87 @@ def test_table_that_is_another_list_is_copied_whole_even_if_it_is_equal() -> Non
     assert tables.copied == [["a", "b"], ["a"], ["a"], ["a"]]
 
 
+LEFT = [RequestStatus.FINISHED, RequestStatus.SWAPPED, RequestStatus.WAITING]
+
+
 def test_shorter_table_in_a_reused_row_leaves_only_its_own_entries_valid() -> None:
     tables = CountedTables(num_rows=1)
-    tables.assign([share("a", [7, 2, 5, 8], 16)])
-    scheduled = [share("b", [4], 2)]
+    gone = share("gone", [7, 2, 5, 8], 16)
+    tables.assign([gone])
+    gone.request.status = RequestStatus.FINISHED
+    scheduled = [share("new", [4], 2)]
     check_rows(tables, tables.assign(scheduled), scheduled)
 
 
-def test_rows_are_reused_once_requests_are_gone() -> None:
-    tables = CountedTables(num_rows=2)
-    kept = share("kept", [0])
-    (row, _) = tables.assign([kept, share("gone", [1])])
+@pytest.mark.parametrize("status", LEFT)
+def test_rows_of_requests_that_do_not_run_are_reused_when_rows_run_out(status) -> None:
+    tables = CountedTables(num_rows=3)
+    kept, gone = share("kept", [0]), share("gone", [1])
+    (row, gone_row) = tables.assign([kept, gone])
+    gone.request.status = status
+    tables.assign([kept, share("third", [5])])
+    assert tables.copies.keys() == {"kept", "gone", "third"}, "nobody needed the row"
     scheduled = [kept, share("new", [2])]
+    rows = tables.assign(scheduled)
+    assert rows.tolist() == [row, gone_row]
+    check_rows(tables, rows, scheduled)
+    assert tables.copies.keys() == {"kept", "third", "new"}
+    assert tables.copied == [["kept", "gone"], ["third"], ["new"]]
+
+
+@pytest.mark.parametrize("status", LEFT)
+def test_request_that_ran_before_is_copied_when_it_is_back(status) -> None:
+    """Its table is another list by then, whether it lost its row in between or not."""
+    for others in ([], [share("other", [9])]):
+        tables = CountedTables(num_rows=1)
+        first = share("back", [3, 4], 5)
+        tables.assign([first])
+        first.request.status = status
+        for other in others:
+            tables.assign([other])
+            other.request.status = RequestStatus.FINISHED
+        scheduled = [share("back", [6, 1])]
+        check_rows(tables, tables.assign(scheduled), scheduled)
+        assert tables.copied[-1] == ["back"]
+
+
+def test_running_request_keeps_its_row_through_steps_without_it() -> None:
+    """A step of prompts alone does not name those that only decode."""
+    tables = CountedTables(num_rows=2)
+    decoding, gone = share("decoding", [3]), share("gone", [1])
+    (row, _) = tables.assign([decoding, gone])
+    gone.request.status = RequestStatus.FINISHED
+    prompt = share("new", [2], 2)
+    tables.assign([prompt])
+    assert tables.copied[1:] == [["new"]]
+    scheduled = [decoding, ScheduledRequest(prompt.request, 1, prompt.block_table)]
     rows = tables.assign(scheduled)
     assert rows[0] == row
     check_rows(tables, rows, scheduled)
-    assert tables.rows.keys() == tables.tables.keys() == {"kept", "new"}
-    assert tables.copied == [["kept", "gone"], ["new"]]
-
-
-def test_running_request_that_lost_its_row_is_copied_when_it_is_back() -> None:
-    """A step of prompts alone does not name those that only decode."""
-    tables = CountedTables(num_rows=2)
-    decoding = share("decoding", [3])
-    tables.assign([decoding, share("gone", [1])])
-    tables.assign([share("new", [2], 2)])
-    scheduled = [decoding, share("newer", [5, 6], 7)]
-    check_rows(tables, tables.assign(scheduled), scheduled)
-    assert tables.copied[1:] == [["new"], ["decoding", "newer"]]
+    assert len(tables.copied) == 2
 
 
 def test_id_that_is_used_again_gets_the_new_requests_table() -> None:
     tables = CountedTables(num_rows=3)
-    (row,) = tables.assign([share("a", [7, 2], 5)])
+    first = share("a", [7, 2], 5)
+    (row,) = tables.assign([first])
+    first.request.status = RequestStatus.FINISHED
     scheduled = [share("a", [8])]
     rows = tables.assign(scheduled)
     assert rows.tolist() == [row]
     check_rows(tables, rows, scheduled)
+
+
+def test_id_that_is_used_again_just_when_rows_run_out() -> None:
+    """The row of the id's first request is given away, and its heir gets a row as well."""
+    tables = CountedTables(num_rows=2)
+    first, other = share("a", [7]), share("other", [1])
+    tables.assign([first, other])
+    for gone in (first, other):
+        gone.request.status = RequestStatus.FINISHED
+    scheduled = [share("a", [8, 3], 7), share("new", [5])]
+    check_rows(tables, tables.assign(scheduled), scheduled)
+    assert tables.copies["a"].request is scheduled[0].request
 
 
 def test_more_requests_over_time_than_rows() -> None:
@@ -146,7 +192,7 @@ def test_more_requests_over_time_than_rows() -> None:
     running: dict[str, ScheduledRequest] = {}
     for step in range(300):
         for request_id in rng.sample(sorted(running), rng.randint(0, len(running))):
-            del running[request_id]
+            running.pop(request_id).request.status = RequestStatus.FINISHED
         while len(running) < 5 and rng.random() < 0.7:
             name = f"{step}-{len(running)}"
             blocks = [rng.randrange(100) for _ in range(rng.randint(1, 6))]
@@ -154,8 +200,8 @@ def test_more_requests_over_time_than_rows() -> None:
         scheduled = rng.sample(list(running.values()), len(running))[: rng.randint(0, 5)]
         if scheduled:
             check_rows(tables, tables.assign(scheduled), scheduled)
-        assert len(tables.rows) + len(tables.free_rows) == 5
-        assert not set(tables.rows.values()) & set(tables.free_rows)
+        used_rows = [copy.row for copy in tables.copies.values()]
+        assert sorted(used_rows + tables.free_rows) == list(range(5))
 
 
 @pytest.mark.parametrize("seed", range(12))

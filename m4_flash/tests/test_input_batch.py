@@ -1,6 +1,5 @@
 """How a step's requests become arrays: exact values for small examples."""
 
-import numpy as np
 import torch
 
 from folovllm.request import SamplingParams
@@ -9,16 +8,18 @@ from m4_flash.block_tables import BlockTables
 from m4_flash.input_batch import HostBatch, InputBatch
 from m4_flash.scheduler import ScheduledRequest
 
-DTYPES = {
-    "input_ids": np.int64,
-    "positions": np.int64,
-    "slot_mapping": np.int64,
-    "table_rows": np.int64,
-    "table_entries": np.int64,
-    "last_block_ids": np.int32,
-    "seq_lens": np.int32,
-    "query_lens": np.int64,
-}
+COLUMNS = [
+    "input_ids",
+    "positions",
+    "slot_mapping",
+    "table_rows",
+    "table_entries",
+    "last_block_ids",
+    "seq_lens",
+    "logits_indices",
+    "cu_seqlens_q",
+]
+"""In the order in which they are uploaded."""
 
 
 def gather(tables: BlockTables, *shares: tuple[list[int], int, list[int]]) -> HostBatch:
@@ -38,9 +39,10 @@ def make_tables(num_rows: int = 2, num_columns: int = 3) -> BlockTables:
 
 
 def values(batch: HostBatch) -> dict[str, list[int]]:
-    for name, dtype in DTYPES.items():
-        assert getattr(batch, name).dtype == dtype, name
-    return {name: getattr(batch, name).tolist() for name in DTYPES}
+    for name, column, dtype in zip(COLUMNS, batch.columns(), HostBatch.dtypes(), strict=True):
+        assert column is getattr(batch, name)
+        assert column.dtype == dtype, name
+    return {name: getattr(batch, name).tolist() for name in COLUMNS}
 
 
 def test_prompt_and_single_token_of_the_worked_example() -> None:
@@ -55,10 +57,11 @@ def test_prompt_and_single_token_of_the_worked_example() -> None:
         "table_entries": [0, 4],  # row * 3 columns + the column of the last block
         "last_block_ids": [7, 2],
         "seq_lens": [3, 7],
-        "query_lens": [3, 1],
+        "logits_indices": [2, 3],
+        "cu_seqlens_q": [0, 3, 4],
     }
     assert tables.host.tolist() == [[7, 0, 0], [3, 2, 0], [0, 0, 0]]
-    assert batch.num_requests == 2
+    assert (batch.num_tokens, batch.num_requests) == (4, 2)
 
 
 def test_single_tokens_write_the_entry_of_their_last_block_on_the_host() -> None:
@@ -75,7 +78,8 @@ def test_single_tokens_write_the_entry_of_their_last_block_on_the_host() -> None
         "table_entries": [1],
         "last_block_ids": [8],
         "seq_lens": [5],
-        "query_lens": [1],
+        "logits_indices": [0],
+        "cu_seqlens_q": [0, 1],
     }
     assert tables.host[0].tolist() == [5, 8, 0]
     assert tables.device[0].tolist() == [5, 0, 0]
@@ -91,7 +95,7 @@ def test_several_tokens_behind_a_cached_prefix_cross_blocks() -> None:
     assert batch.positions.tolist() == [3, 4, 5, 6, 7, 8, 9, 10]
     assert batch.slot_mapping.tolist() == [11, 0, 1, 2, 3, 36, 37, 38]
     assert batch.table_entries.tolist() == [2]
-    assert batch.query_lens.tolist() == [8]
+    assert batch.cu_seqlens_q.tolist() == [0, 8]
 
 
 def test_request_may_fill_the_last_column() -> None:
@@ -100,28 +104,61 @@ def test_request_may_fill_the_last_column() -> None:
     assert batch.table_entries.tolist() == [2]
 
 
+def test_worked_example_of_the_docstring() -> None:
+    tables = make_tables(num_rows=6, num_columns=8)
+    tables.free_rows = [0, 1, 3, 4, 2, 5]
+    batch = gather(tables, ([11, 12, 13], 0, [7]), ([21, 22, 23, 24, 25, 26, 27], 6, [3, 2]))
+    assert batch.table_rows.tolist() == [5, 2]
+    assert batch.table_entries.tolist() == [40, 17]
+    assert batch.last_block_ids.tolist() == [7, 2]
+
+
+def test_single_tokens_are_gathered_like_any_others() -> None:
+    """A decode step takes a shorter way: the numbers are those of the long one."""
+    shares = [
+        (list(range(9)), 8, [5, 1, 0]),
+        ([3], 0, [9]),
+        (list(range(4)), 3, [4]),
+        (list(range(5)), 4, [7, 6]),
+    ]
+    short = values(gather(make_tables(num_rows=5), *shares))
+    together = values(gather(make_tables(num_rows=5), *shares, ([1, 2], 0, [8])))
+    for name in COLUMNS:
+        assert short[name] == together[name][: len(short[name])], name
+
+
+def test_large_cache_positions_do_not_wrap_around() -> None:
+    """Block ids are int32, their products with the block size are not."""
+    batch = gather(make_tables(), ([1], 0, [2**30]))
+    assert batch.slot_mapping.tolist() == [2**32]
+    batch = gather(make_tables(), ([1, 2], 0, [2**30]))
+    assert batch.slot_mapping.tolist() == [2**32, 2**32 + 1]
+
+
 def test_padding_stores_nothing_attends_to_nothing_and_names_nobodys_row() -> None:
-    padding = HostBatch.padding(make_tables())
-    assert values(padding) == {
-        "input_ids": [0],
-        "positions": [0],
-        "slot_mapping": [-1],
-        "table_rows": [2],
-        "table_entries": [6],
-        "last_block_ids": [0],
-        "seq_lens": [0],
-        "query_lens": [1],
+    batch = gather(make_tables(), ([11, 12, 13], 0, [7]), ([21, 22], 1, [3]))
+    assert dict(zip(COLUMNS, batch.paddings(), strict=True)) == {
+        "input_ids": 0,
+        "positions": 0,
+        "slot_mapping": -1,
+        "table_rows": 2,
+        "table_entries": 6,
+        "last_block_ids": 0,
+        "seq_lens": 0,
+        "logits_indices": 0,
+        "cu_seqlens_q": 4,  # all tokens: a request of padding has none
     }
 
 
+def test_step_without_requests_is_all_padding() -> None:
+    nothing = HostBatch.nothing(make_tables())
+    assert values(nothing) == {name: [] for name in COLUMNS[:-1]} | {"cu_seqlens_q": [0]}
+    assert (nothing.num_tokens, nothing.num_requests) == (0, 0)
+    assert nothing.paddings() == (0, 0, -1, 2, 6, 0, 0, 0, 0)
+
+
 def test_columns_are_in_the_order_of_the_fields_that_they_fill() -> None:
-    host = gather(make_tables(), ([1, 2], 1, [4]), ([3, 4, 5, 6, 7], 4, [6, 1]))
-    batch = InputBatch.of_single_tokens([torch.from_numpy(column) for column in host.columns()])
-    for name in DTYPES.keys() - {"query_lens"}:
-        column = getattr(host, name)
+    host = gather(make_tables(), ([1, 2], 1, [4]), ([3, 4, 5, 6, 7], 3, [6, 1]))
+    batch = InputBatch(*map(torch.from_numpy, host.columns()), min_query_len=1, max_query_len=2)
+    for name, column in zip(COLUMNS, host.columns(), strict=True):
         assert torch.equal(getattr(batch, name), torch.from_numpy(column)), name
-    assert batch.cu_seqlens_q.tolist() == [0, 1, 2]
-    assert batch.cu_seqlens_q.dtype == torch.int32
-    assert batch.logits_indices.tolist() == [0, 1]
-    assert batch.logits_indices.dtype == torch.int64
-    assert (batch.min_query_len, batch.max_query_len) == (1, 1)
