@@ -26,7 +26,9 @@ class KernelRow:
     name: str
     count: int
     total_s: float
-    """On the device, or of the operator itself without those that it calls."""
+    """On the device, from the end of the kernel before where that is later than the start: kernels
+    may overlap, and what they add to the step adds up. On a CPU the operator itself, without
+    those that it calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,15 +180,29 @@ def _profiled_step(engine: Any, device: torch.device) -> _ProfiledStep:
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
         stats = engine.step().stats
-    rows = []
-    for event in profiler.key_averages():
-        if device.type == "cuda":
-            is_wanted = event.device_type == torch.autograd.DeviceType.CUDA
-            total_us = event.self_device_time_total
-        else:
-            is_wanted = event.key.startswith("aten::")
-            total_us = event.self_cpu_time_total
-        if is_wanted:
-            rows.append(KernelRow(name=event.key, count=event.count, total_s=total_us * 1e-6))
+    rows = _cuda_rows(profiler) if device.type == "cuda" else _operator_rows(profiler)
     kernels = sorted(rows, key=lambda row: row.total_s, reverse=True)
     return _ProfiledStep(kernels=kernels, stats=stats)
+
+
+def _cuda_rows(profiler: profile) -> list[KernelRow]:
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    added_us: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    end_us = 0.0
+    for event in sorted(events, key=lambda event: float(event.time_range.end)):
+        start_us = max(end_us, event.time_range.start)
+        end_us = max(end_us, event.time_range.end)
+        added_us[event.name] = added_us.get(event.name, 0.0) + end_us - start_us
+        counts[event.name] = counts.get(event.name, 0) + 1
+    return [
+        KernelRow(name=name, count=counts[name], total_s=us * 1e-6) for name, us in added_us.items()
+    ]
+
+
+def _operator_rows(profiler: profile) -> list[KernelRow]:
+    return [
+        KernelRow(name=event.key, count=event.count, total_s=event.self_cpu_time_total * 1e-6)
+        for event in profiler.key_averages()
+        if event.key.startswith("aten::")
+    ]
