@@ -46,7 +46,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STAGE=SPEC",
         help="the beginning of the workload that a slow stage runs: m1_baseline=nano:8",
     )
-    add("--repeats", type=int)
+    add("--repeats", type=int, help="processes of each stage, in turns; default: the profile's")
+    add(
+        "--runs-per-process",
+        type=int,
+        default=1,
+        help="measured runs of each process, where loading takes longer than a run (default: 1)",
+    )
     add("--profile", default="auto", help="defaults for what is not given: auto, cpu or gpu")
     add("--model", help="directory, Hub id or preset; default: the profile's")
     add("--load-format", help="auto, safetensors or dummy")

@@ -23,6 +23,8 @@ def run(options: argparse.Namespace, extra: Sequence[str]) -> int:
     repeats = profile.repeats if options.repeats is None else options.repeats
     if repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {repeats}")
+    if options.runs_per_process < 1:
+        raise ValueError(f"--runs-per-process must be at least 1, got {options.runs_per_process}")
     names = options.stages.split(",") if options.stages else None
     stages = select_stages(discover_stages(options.root), names)
     if not stages:
@@ -64,6 +66,7 @@ def _settings(
         timeout_s=options.timeout,
         root=options.root.absolute(),
         runs_folder=new_runs_folder(options.results),
+        runs_per_process=options.runs_per_process,
     )
 
 

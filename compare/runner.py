@@ -33,6 +33,8 @@ class RunSettings:
     """Folder of the stages; the processes run in it."""
     runs_folder: Path
     """Where the JSON and the standard error of every run go."""
+    runs_per_process: int = 1
+    """Measured runs of a stage in one process; a peer's process always measures one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,8 @@ def bench_command(stage: Stage, settings: RunSettings, output: Path) -> list[str
     workload = settings.stage_workloads.get(stage.name, settings.workload)
     options = {**settings.common, "workload": workload, "output": str(output)}
     options |= {name: value for name, value in settings.engine.items() if name in stage.options}
+    if settings.runs_per_process > 1 and not stage.is_peer:
+        options["runs"] = str(settings.runs_per_process)
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", value]
     return command
@@ -103,25 +107,25 @@ def run_stages(
     for number, (stage, repeat) in enumerate(turns, start=1):
         if stage.name in skipped:
             continue
-        outcome = run_once(stage, repeat, settings)
-        outcomes.append(outcome)
         told = f"[{number}/{len(turns)}] {stage.name}, repeat {repeat + 1}: "
-        if isinstance(outcome, FinishedRun):
-            rate = lookup(outcome.result, "output_tokens_per_s") or 0.0
-            duration = lookup(outcome.result, "duration_s") or 0.0
-            report(f"{told}{rate:,.1f} output tokens/s in {duration:.1f} s")
-        elif isinstance(outcome, SkippedStage):
-            skipped.add(stage.name)
-            report(f"{told}skipped, {outcome.reason}")
-        else:
-            report(f"{told}FAILED, {outcome.reason}\n{outcome.stderr_tail}")
-            if outcome.exit_status == EXIT_REFUSED:
+        for outcome in run_once(stage, repeat, settings):
+            outcomes.append(outcome)
+            if isinstance(outcome, FinishedRun):
+                rate = lookup(outcome.result, "output_tokens_per_s") or 0.0
+                duration = lookup(outcome.result, "duration_s") or 0.0
+                report(f"{told}{rate:,.1f} output tokens/s in {duration:.1f} s")
+            elif isinstance(outcome, SkippedStage):
                 skipped.add(stage.name)
+                report(f"{told}skipped, {outcome.reason}")
+            else:
+                report(f"{told}FAILED, {outcome.reason}\n{outcome.stderr_tail}")
+                if outcome.exit_status == EXIT_REFUSED:
+                    skipped.add(stage.name)
     return outcomes
 
 
-def run_once(stage: Stage, repeat: int, settings: RunSettings) -> Outcome:
-    """One run in a process of its own."""
+def run_once(stage: Stage, repeat: int, settings: RunSettings) -> list[Outcome]:
+    """The runs of one process."""
     settings.runs_folder.mkdir(parents=True, exist_ok=True)
     output = settings.runs_folder.absolute() / f"{stage.name}.{repeat + 1}.json"
     log_file = output.with_suffix(".stderr.txt")
@@ -142,17 +146,28 @@ def run_once(stage: Stage, repeat: int, settings: RunSettings) -> Outcome:
             status, reason = None, f"no result after {settings.timeout_s:g} s (--timeout)"
     tail = _tail(log_file)
     if status == EXIT_NOT_INSTALLED and stage.is_peer:
-        return SkippedStage(stage=stage.name, reason=tail.strip().rpartition("\n")[2])
+        return [SkippedStage(stage=stage.name, reason=tail.strip().rpartition("\n")[2])]
     if status:
         reason = f"exit status {status}"
     if reason is None:
         try:
-            return FinishedRun(stage=stage.name, repeat=repeat, result=read_json(output))
+            return [
+                FinishedRun(stage=stage.name, repeat=repeat, result=read_json(file))
+                for file in _run_files(stage, settings, output)
+            ]
         except ValueError as error:
             reason = str(error)
-    return FailedRun(
+    failed = FailedRun(
         stage=stage.name, repeat=repeat, reason=reason, stderr_tail=tail, exit_status=status
     )
+    return [failed]
+
+
+def _run_files(stage: Stage, settings: RunSettings, output: Path) -> list[Path]:
+    """What `bench --runs` writes: FILE.json, FILE.run2.json, …"""
+    num_runs = 1 if stage.is_peer else settings.runs_per_process
+    further = [output.with_suffix(f".run{run}.json") for run in range(2, num_runs + 1)]
+    return [output, *further]
 
 
 def _environment(root: Path) -> dict[str, str]:

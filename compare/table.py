@@ -18,7 +18,11 @@ def footnotes(results: Sequence[Result]) -> list[str]:
     notes = [setting_line(longest)]
     repeats = sorted({str(result.get("repeats", 1)) for result in results})
     runs = "One run" if repeats == ["1"] else f"Medians of {' or '.join(repeats)} runs"
-    notes.append(f"{runs}, each in a fresh process; warm-up not counted.")
+    shared = [r["stage"] for r in results if r.get("runs_in_process", 1) > 1]
+    where = "each in a fresh process"
+    if shared:
+        where += f", but for {', '.join(shared)}: all in one process"
+    notes.append(f"{runs}, {where}; warm-up not counted.")
     for row in make_rows(results):
         workload = row.result["workload"]
         if row.ran_prefix:

@@ -48,6 +48,23 @@ def test_run_publishes_results_table_charts_and_report(root, capsys):
     assert "gate passed" in printed and "report.html" in printed and "throughput.png" in printed
 
 
+def test_runs_that_share_a_process_are_all_merged_and_said_to(root, capsys):
+    body = """
+for run in range(2, int(options.get("--runs", 1)) + 1):
+    name = options["--output"].replace(".json", f".run{run}.json")
+    with open(name, "w") as file:
+        file.write(open(os.path.join(os.path.dirname(__file__), "result.json")).read())
+"""
+    run = json.dumps(make_run() | {"runs_in_process": 3})
+    make_stage(root, "m1_baseline", run, body=body)
+    command = [*RUN[:-1], "m1_baseline", "--repeats", "1", "--runs-per-process", "3"]
+    assert main(command) == 0
+    assert [options["--runs"] for _, options in calls(root)] == ["3"]
+    assert read_json(root / FOLDER / "m1_baseline.json")["repeats"] == 3
+    assert "but for m1_baseline: all in one process" in capsys.readouterr().out
+    assert main([*RUN, "--runs-per-process", "0"]) == 2
+
+
 def test_stages_take_turns_and_get_only_options_that_they_know(root):
     two_stages(root)
     command = [*RUN, "--repeats", "2", "--max-num-seqs=7", "--max-model-len", "512"]

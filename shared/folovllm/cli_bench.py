@@ -32,6 +32,7 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
         ("--gate-requests", 8, "requests whose greedy tokens are kept to compare stages"),
         ("--gate-tokens", 16, "tokens of each of them"),
         ("--warmup-tokens", 4, "tokens per request of the run before the clock"),
+        ("--runs", 1, "measured runs; run 2 goes to FILE.run2.json, and so on"),
     ):
         group.add_argument(
             flag, type=int, default=default, metavar="INT", help=f"{text} (default: {default})"
@@ -53,22 +54,31 @@ def run_bench(llm: LLM, stage: str, arguments: argparse.Namespace) -> None:
         vocab_size=llm.model.config.vocab_size,
         seed=arguments.llm_seed,
     )
-    result = run_benchmark(
-        llm,
-        workload,
-        stage=stage,
-        seed=arguments.llm_seed,
-        gate_requests=arguments.gate_requests,
-        gate_tokens=arguments.gate_tokens,
-        warmup_tokens=arguments.warmup_tokens,
-        model_name=Path(arguments.model or DEFAULT_MODEL).name,
-        load_format=arguments.load_format,
-    )
-    if arguments.output is not None:
-        write_json_atomically(arguments.output, result)
+    if arguments.runs < 1 or (arguments.runs > 1 and arguments.output is None):
+        raise ValueError(f"--runs {arguments.runs}: give at least 1, and --output for more than 1")
+    for run in range(1, arguments.runs + 1):
+        result = run_benchmark(
+            llm,
+            workload,
+            stage=stage,
+            seed=arguments.llm_seed,
+            gate_requests=arguments.gate_requests,
+            gate_tokens=arguments.gate_tokens,
+            warmup_tokens=arguments.warmup_tokens,
+            model_name=Path(arguments.model or DEFAULT_MODEL).name,
+            load_format=arguments.load_format,
+        )
+        _publish({**result, "runs_in_process": arguments.runs}, arguments.output, run)
+
+
+def _publish(result: dict[str, Any], output: Path | None, run: int) -> None:
+    """Print the table; write the file of this run, or print what it would hold but for columns."""
+    file = output if output is None or run == 1 else output.with_suffix(f".run{run}.json")
+    if file is not None:
+        write_json_atomically(file, result)
     print(format_summary(result))
-    if arguments.output is not None:
-        print(f"  every request and step in {arguments.output}")
+    if file is not None:
+        print(f"  every request and step in {file}")
     else:
         print(json.dumps({key: value for key, value in result.items() if key not in _COLUMNS}))
 

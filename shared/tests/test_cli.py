@@ -361,7 +361,7 @@ def test_bench_writes_the_result_and_prints_a_table(run, benchmark_calls, tmp_pa
         "--seed", "5", "--gate-requests", "1", "--gate-tokens", "2", "--warmup-tokens", "3",
     )  # fmt: skip
     assert status == 0
-    assert json.loads(output.read_text()) == RESULT
+    assert json.loads(output.read_text()) == {**RESULT, "runs_in_process": 1}
     assert list(output.parent.iterdir()) == [output]
     assert out.splitlines()[-1] == f"  every request and step in {output}"
     assert "2 requests of 256" in out and "1.00 / 2.00 ms" in out
@@ -370,6 +370,18 @@ def test_bench_writes_the_result_and_prints_a_table(run, benchmark_calls, tmp_pa
     assert kwargs["stage"] == type(llm).__module__.partition(".")[0]
     assert (kwargs["seed"], kwargs["gate_requests"], kwargs["gate_tokens"]) == (5, 1, 2)
     assert kwargs["warmup_tokens"] == 3 and kwargs["load_format"] == "auto"
+
+
+def test_bench_writes_a_file_for_each_of_several_runs(run, benchmark_calls, tmp_path):
+    output = tmp_path / "result.json"
+    command = ("bench", "--workload", "fixed:batch=2,input=4,output=3", "--runs", "3")
+    assert run(*command, "--output", str(output))[0] == 0
+    names = ["result.json", "result.run2.json", "result.run3.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert json.loads((tmp_path / names[2]).read_text())["runs_in_process"] == 3
+    assert len({id(llm) for llm, _, _ in benchmark_calls}) == 1
+    status, _, err = run(*command)
+    assert status == 2 and "--output" in err
 
 
 def test_bench_without_a_file_prints_the_summary_as_json(run, benchmark_calls):
