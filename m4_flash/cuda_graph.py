@@ -137,8 +137,6 @@ class StepGraphs:
         ValueError if the device's memory does not suffice.
         """
         start = time.perf_counter()
-        torch.cuda.empty_cache()  # capturing does it too, which would hide what graphs take
-        free_before, _ = torch.cuda.mem_get_info(logits.device)
         self.graphs: dict[StepShape, StepGraph] = {}
         self._decode_shapes = sorted(s for s in shapes if s.num_tokens == s.num_requests)
         self._prompt_shapes = sorted(s for s in shapes if s.num_tokens > s.num_requests)
@@ -146,6 +144,8 @@ class StepGraphs:
         stream, pool = torch.cuda.Stream(logits.device), torch.cuda.graph_pool_handle()
         try:
             with _without_garbage_collection():
+                torch.cuda.empty_cache()  # capturing does it too: it would hide what graphs take
+                free_before, _ = torch.cuda.mem_get_info(logits.device)
                 for shape in sorted(shapes, reverse=True):
                     self.graphs[shape] = StepGraph(shape, logits)
                     self.graphs[shape].fill(nothing)

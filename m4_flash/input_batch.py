@@ -92,7 +92,9 @@ class HostBatch:
     def paddings(self) -> tuple[int, ...]:
         """What fills up each column: tokens that are stored nowhere, requests without tokens."""
         first_entry = self.padding_row * self.num_columns
-        return (0, 0, -1, self.padding_row, first_entry, 0, 0, self.num_tokens)
+        # Of a step without tokens the first is taken, so that its request has a last row.
+        num_tokens = max(self.num_tokens, 1)
+        return (0, 0, -1, self.padding_row, first_entry, 0, 0, num_tokens)
 
     @staticmethod
     def gather(

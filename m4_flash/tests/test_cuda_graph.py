@@ -78,10 +78,10 @@ def eager_engine(model: CausalLM, **options) -> LLMEngine:
 
 def planned_graphs(config: EngineConfig) -> StepGraphs:
     """What is captured for this config, without capturing it, which needs no GPU."""
-    shapes = decode_shapes(min(config.max_graph_size, config.max_num_seqs))
-    shapes += prompt_shapes(min(config.max_graph_prompt_len, config.max_model_len))
     graphs = StepGraphs.__new__(StepGraphs)
-    graphs.graphs = {shape: shape for shape in shapes}
+    graphs._decode_shapes = decode_shapes(min(config.max_graph_size, config.max_num_seqs))
+    graphs._prompt_shapes = prompt_shapes(min(config.max_graph_prompt_len, config.max_model_len))
+    graphs.graphs = {shape: shape for shape in graphs._decode_shapes + graphs._prompt_shapes}
     return graphs
 
 

@@ -16,7 +16,6 @@ COLUMNS = [
     "table_entries",
     "last_block_ids",
     "seq_lens",
-    "logits_indices",
     "cu_seqlens_q",
 ]
 """In the order in which they are uploaded."""
@@ -57,7 +56,6 @@ def test_prompt_and_single_token_of_the_worked_example() -> None:
         "table_entries": [0, 4],  # row * 3 columns + the column of the last block
         "last_block_ids": [7, 2],
         "seq_lens": [3, 7],
-        "logits_indices": [2, 3],
         "cu_seqlens_q": [0, 3, 4],
     }
     assert tables.host.tolist() == [[7, 0, 0], [3, 2, 0], [0, 0, 0]]
@@ -78,7 +76,6 @@ def test_single_tokens_write_the_entry_of_their_last_block_on_the_host() -> None
         "table_entries": [1],
         "last_block_ids": [8],
         "seq_lens": [5],
-        "logits_indices": [0],
         "cu_seqlens_q": [0, 1],
     }
     assert tables.host[0].tolist() == [5, 8, 0]
@@ -145,7 +142,6 @@ def test_padding_stores_nothing_attends_to_nothing_and_names_nobodys_row() -> No
         "table_entries": 6,
         "last_block_ids": 0,
         "seq_lens": 0,
-        "logits_indices": 0,
         "cu_seqlens_q": 4,  # all tokens: a request of padding has none
     }
 
@@ -154,7 +150,8 @@ def test_step_without_requests_is_all_padding() -> None:
     nothing = HostBatch.nothing(make_tables())
     assert values(nothing) == {name: [] for name in COLUMNS[:-1]} | {"cu_seqlens_q": [0]}
     assert (nothing.num_tokens, nothing.num_requests) == (0, 0)
-    assert nothing.paddings() == (0, 0, -1, 2, 6, 0, 0, 0, 0)
+    # Recorded with one token of padding, because every request's last row is looked up.
+    assert nothing.paddings() == (0, 0, -1, 2, 6, 0, 0, 1)
 
 
 def test_columns_are_in_the_order_of_the_fields_that_they_fill() -> None:
