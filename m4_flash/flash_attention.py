@@ -27,7 +27,7 @@ from .kv_cache import KVCache
 _LOG2_E = math.log2(math.e)
 MAX_SPLITS = 32
 """Most programs that share one query's context."""
-_PROGRAMS_PER_MULTIPROCESSOR = 4
+_PROGRAMS_PER_MULTIPROCESSOR = 3
 """Contexts are split while the batch has fewer programs than this would be; more cost merging."""
 _INTERPRETER_MULTIPROCESSORS = 4
 

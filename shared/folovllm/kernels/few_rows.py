@@ -11,16 +11,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .overlap import let_next_start, overlap_options, prefetch, wait_for_previous
+from .overlap import let_next_start, overlap_options, wait_for_previous
 
 MAX_ROWS = 16
 """From here on the library is as fast (measured on an H200, see docs/dev/milestone_4.md)."""
 _BLOCK_IN = 1024
 """Inputs that the kernel for one row reads at a time."""
-_LINES = 64
-"""Cache lines that are asked for at a time."""
-_LINE = 64
-"""Numbers of 16 bits in a cache line."""
 _BLOCK_OUT = 16
 """Outputs per program of the kernel for several rows: the rows of one matrix instruction."""
 
@@ -34,8 +30,6 @@ def _one_row_kernel(
     num_inputs,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
-    LINES: tl.constexpr,
-    LINE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One output: a warp reads one row of the weights, end to end, and a block ahead."""
@@ -44,9 +38,6 @@ def _one_row_kernel(
     inputs = tl.arange(0, BLOCK)
     weight_ptr += output.to(tl.int64) * num_inputs
     weight = tl.load(weight_ptr + inputs, mask=inputs < num_inputs, other=0.0)
-    for first in range(BLOCK, num_inputs, LINES * LINE):
-        lines = first + tl.arange(0, LINES) * LINE
-        prefetch(weight_ptr + tl.minimum(lines, num_inputs - 1), OVERLAP)
     wait_for_previous(OVERLAP)
     out = 0.0
     for first in range(0, num_inputs, BLOCK):
@@ -75,19 +66,11 @@ def _few_rows_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    LINES: tl.constexpr,
-    LINE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """BLOCK_OUT outputs of all rows: weights [BLOCK_OUT, inputs] times x transposed."""
     let_next_start(OVERLAP)
     outputs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    # The rows of the weights lie end to end.
-    first_weight = tl.program_id(0).to(tl.int64) * BLOCK_OUT * num_inputs
-    for first in range(0, BLOCK_OUT * num_inputs, LINES * LINE):
-        lines = first + tl.arange(0, LINES) * LINE
-        lines = tl.minimum(lines, BLOCK_OUT * num_inputs - 1)
-        prefetch(weight_ptr + first_weight + lines, OVERLAP)
     wait_for_previous(OVERLAP)
     inputs = tl.arange(0, BLOCK_IN)
     rows = tl.arange(0, ROWS)
@@ -123,8 +106,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
             num_inputs,
             HAS_BIAS=bias is not None,
             BLOCK=_BLOCK_IN,
-            LINES=_LINES,
-            LINE=_LINE,
             num_warps=1,
             **overlap_options(x.device),
         )
@@ -142,8 +123,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         BLOCK_OUT=_BLOCK_OUT,
         BLOCK_IN=block_in,
         NUM_STAGES=num_stages,
-        LINES=_LINES,
-        LINE=_LINE,
         num_warps=num_warps,
         **overlap_options(x.device),
     )

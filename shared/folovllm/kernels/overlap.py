@@ -28,20 +28,6 @@ def wait_for_previous(OVERLAP: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
-@triton.jit
-def prefetch(pointers, OVERLAP: tl.constexpr):
-    """Bring the 128 bytes around each pointer into the L2 cache, for a load behind the wait."""
-    if OVERLAP:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [pointers],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
 @lru_cache
 def overlap_options(device: torch.device) -> dict[str, Any]:
     """Launch options of a kernel with a parameter OVERLAP: on where the device can, else off."""
