@@ -60,7 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--seed", type=int, default=0)
     add("--name", help="folder of the results under the device; default: from the workload")
-    add("--commit", help="what was measured, where the files came without their git history")
+    add(
+        "--commit",
+        help="what was measured, where the files are a copy without their own git history",
+    )
     add("--timeout", type=float, default=3600.0, help="seconds that one run may take")
     for name, text in (
         ("table", "print the stored tables and write them into the documents"),

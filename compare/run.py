@@ -127,8 +127,11 @@ def publish_outcomes(
 
 
 def _with_commit(result: Result, commit: str | None) -> Result:
-    """Add the commit that the user states, unless the run found a git checkout itself."""
-    environment = result["environment"]
-    if commit is None or environment.get("commit") is not None:
+    """Put the commit that the user states in the place of what the run found.
+
+    A copy of the files on another machine finds none, or that of a history which it is not in.
+    """
+    if commit is None:
         return result
-    return {**result, "environment": {**environment, "commit": commit}}
+    stated = {"commit": commit, "dirty": False, "commit_stated": True}
+    return {**result, "environment": {**result["environment"], **stated}}

@@ -237,18 +237,17 @@ def test_stage_names_in_words():
     assert stage_label("hf") == "Transformers"
 
 
-def test_commit_is_stated_where_the_runs_found_no_checkout(root):
+def test_commit_that_is_stated_replaces_what_the_runs_found(root):
     first, second = make_run(), make_run("m2_batching", rate=60.0, batch=4)
     first["environment"]["commit"] = None
     second["environment"]["commit"] = "0123abc"
     make_stage(root, "m1_baseline", json.dumps(first))
     make_stage(root, "m2_batching", json.dumps(second), options="max_num_seqs: int = 4")
     assert main([*RUN, "--repeats", "1", "--commit", "fed9876"]) == 0
-    commits = [
-        lookup(read_json(root / FOLDER / f"{stage}.json"), "environment.commit")
-        for stage in ("m1_baseline", "m2_batching")
-    ]
-    assert commits == ["fed9876", "0123abc"]
+    for stage in ("m1_baseline", "m2_batching"):
+        environment = read_json(root / FOLDER / f"{stage}.json")["environment"]
+        assert (environment["commit"], environment["dirty"]) == ("fed9876", False)
+        assert environment["commit_stated"]
 
 
 def test_profile_brings_the_engine_options_that_suit_its_workload(root):
