@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .charts import draw_all
+from .data_tables import data_tables
 from .documents import update_documents
 from .gate import GateReport, check_gate
 from .merge import merge_runs
@@ -74,7 +75,7 @@ def write_tables(folders: Sequence[Path], root: Path) -> list[Path]:
     own = (root / RESULTS_FOLDER).resolve()
     folders = [folder for folder in folders if own in folder.resolve().parents]
     tables = {folder_key(folder): markdown_table(load_folder(folder)) for folder in folders}
-    return update_documents(root, tables)
+    return update_documents(root, {**tables, **data_tables(root)})
 
 
 def draw_folder(folder: Path) -> tuple[list[Path], Path]:

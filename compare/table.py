@@ -23,6 +23,10 @@ def footnotes(results: Sequence[Result]) -> list[str]:
     if shared:
         where += f", but for {', '.join(shared)}: all in one process"
     notes.append(f"{runs}, {where}; warm-up not counted.")
+    commits = {r["stage"]: str(lookup(r, "environment.commit"))[:10] for r in results}
+    if len(set(commits.values())) > 1:
+        stated = ", ".join(f"{stage} {commit}" for stage, commit in commits.items())
+        notes.append(f"Measured at different commits: {stated}.")
     for row in make_rows(results):
         workload = row.result["workload"]
         if row.ran_prefix:

@@ -5,7 +5,6 @@ FlashAttention-3 (Shah et al. 2024) is the module `flash_attn_interface`, FlashA
 stage's layout, so keys and values are stored first, in a launch of their own.
 """
 
-import importlib
 from types import ModuleType
 
 import torch
@@ -28,10 +27,10 @@ def make_flash_attn(config: EngineConfig, kv_cache: KVCache) -> Attention:
             f"attention_backend flash_attn computes in float16 or bfloat16 and the model is in "
             f"{str(kv_cache.keys.dtype).removeprefix('torch.')}; choose triton, or another dtype"
         )
-    interface = _import("flash_attn_interface")
+    interface = flash_attn_3()
     if interface is not None:
         return FlashAttention3(interface, kv_cache)
-    package = _import("flash_attn")
+    package = _flash_attn_2()
     if package is None:
         raise ValueError(
             "attention_backend flash_attn needs FlashAttention-3 (module flash_attn_interface) or "
@@ -46,11 +45,21 @@ def make_flash_attn(config: EngineConfig, kv_cache: KVCache) -> Attention:
     return FlashAttention2(package, kv_cache)
 
 
-def _import(name: str) -> ModuleType | None:
+def flash_attn_3() -> ModuleType | None:
+    """The module of FlashAttention-3, if it is installed."""
     try:
-        return importlib.import_module(name)
+        import flash_attn_interface
     except ImportError:
         return None
+    return flash_attn_interface
+
+
+def _flash_attn_2() -> ModuleType | None:
+    try:
+        import flash_attn
+    except ImportError:
+        return None
+    return flash_attn
 
 
 class FlashAttention3:

@@ -24,8 +24,9 @@ PACKAGES = {
 NOT_SOURCES = ("tests", "microbench", "results", "build", "__pycache__", "*.egg-info")
 # Modules that come with a dependency.
 BROUGHT_BY = {"huggingface_hub": "transformers", "tokenizers": "transformers", "jinja2": "torch"}
-# Never asked for, used where somebody installed them: other engines, the driver's counters.
-WHERE_INSTALLED = {"vllm", "nanovllm", "pynvml"}
+# Never asked for, used where somebody installed them: other engines, the driver's counters, and
+# FlashAttention-3, which no index has under a name of its own.
+WHERE_INSTALLED = {"vllm", "nanovllm", "pynvml", "flash_attn_interface"}
 
 
 def project_folder(package: str) -> Path:

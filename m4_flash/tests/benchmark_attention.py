@@ -23,7 +23,7 @@ from folovllm.hardware import describe_environment, measure_ceilings
 from folovllm.kernels.reference import causal_attention
 from m4_flash.attention import AttentionMetadata
 from m4_flash.flash_attention import TritonAttention
-from m4_flash.flash_attn_package import FlashAttention3, _import
+from m4_flash.flash_attn_package import FlashAttention3, flash_attn_3
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -156,7 +156,7 @@ def measure(case: Case, copy_bytes_per_s: float, flops_per_s: float) -> list[dic
     backends: dict[str, Any] = {
         "triton": TritonAttention(cache, case.num_heads, case.batch_size),
     }
-    interface = _import("flash_attn_interface")
+    interface = flash_attn_3()
     if interface is not None:
         backends["flash_attn_3"] = FlashAttention3(interface, cache)
     rows = []

@@ -19,7 +19,8 @@ def add_profile_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_profile(llm: LLM, stage: str, arguments: argparse.Namespace) -> None:
     """Profile; write the file whole or not at all; print the tables."""
-    from .step_profile import format_profile, profile_steps
+    from .profile_report import format_profile
+    from .step_profile import profile_steps
 
     if arguments.output is not None and arguments.output.is_dir():
         raise ValueError(f"--output {arguments.output} is a directory; name a file in it")

@@ -114,24 +114,3 @@ def summarise_groups(
             }
         )
     return rows
-
-
-def format_groups(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The rows as lines of a Markdown table."""
-    lines = [
-        "| what | launches | µs | MB at least | GFLOP | limit, µs | of the limit |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        cells = [row["group"], str(row["count"]), f"{row['total_s'] * 1e6:,.0f}"]
-        if row["num_bytes"] is None:
-            cells += ["", "", "", ""]
-        else:
-            cells += [
-                f"{row['num_bytes'] / 1e6:,.1f}",
-                f"{row['num_flops'] / 1e9:,.1f}",
-                f"{row['limit_s'] * 1e6:,.0f}",
-                f"{row['limit_fraction']:.0%}",
-            ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines

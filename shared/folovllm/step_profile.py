@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .hardware import Ceilings, describe_environment, device_slug, measure_ceilings
 from .interfaces import StepStats
-from .profile_groups import format_groups, group_works, summarise_groups
+from .profile_groups import group_works, summarise_groups
 from .request import Request, SamplingParams
 
 _NUM_TIMED_STEPS = 20
@@ -76,35 +76,6 @@ def profile_steps(llm: Any, *, stage: str, batch_size: int, context_len: int) ->
         "ceilings": vars(ceilings),
         "environment": describe_environment(),
     }
-
-
-def format_profile(result: dict[str, Any], num_rows: int = 25) -> str:
-    """Both steps as Markdown tables, the most expensive kernels first."""
-    what = "operator" if result["device"].startswith("cpu") else "kernel"
-    lines = [
-        f"{result['stage']}, batch {result['batch_size']}, {result['context_len']} tokens of "
-        f"context, {result['num_layers']} layers, {result['dtype']}, {result['device']}"
-    ]
-    for label in ("decode", "prompt"):
-        section = result[label]
-        lines += [
-            "",
-            f"{label} step: {section['step_s'] * 1e3:.2f} ms, of which {what}s "
-            f"{section['kernels_s'] * 1e3:.2f} ms in {section['num_launches']} launches",
-            "",
-            *format_groups(section["groups"]),
-            "",
-            f"| {what} | launches | per layer | µs in all |",
-            "|---|---|---|---|",
-        ]
-        lines += [
-            f"| `{row['name'][:72]}` | {row['count']} | {row['count'] / result['num_layers']:.1f} "
-            f"| {row['total_s'] * 1e6:.0f} |"
-            for row in section["kernels"][:num_rows]
-        ]
-        if len(section["kernels"]) > num_rows:
-            lines.append(f"| … {len(section['kernels']) - num_rows} more | | | |")
-    return "\n".join(lines)
 
 
 def _section(
