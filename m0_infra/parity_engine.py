@@ -28,6 +28,9 @@ class ForcedSampler:
     def validate(self, request: Request) -> None:
         """Refuse nothing: the stage's own sampler saw the same requests in the free run."""
 
+    def collect_noise(self, requests: Sequence[Request]) -> None:
+        """There is none: the tokens are given, so nothing may be sampled inside a graph."""
+
     def prepare(self, requests: Sequence[Request]) -> list[tuple[str, int]]:
         """Which output position of which request each row is for."""
         return [(request.request_id, request.num_output_tokens) for request in requests]

@@ -10,6 +10,8 @@ import torch
 
 from folovllm.interfaces import SamplerOutput
 from folovllm.request import Request, SamplingParams
+from folovllm.sampling import Sampler
+from folovllm.testing.forced_sampler import ForcedSampler as ForcedTokensSampler
 from m0_infra.cli import main
 from m0_infra.parity import compare_engine, compare_tokens, compute_references
 from m0_infra.parity_engine import ForcedSampler, run_engine
@@ -101,14 +103,22 @@ def test_wrong_sampler_is_noticed_by_its_tokens(llm, references):
 def test_wrong_logits_are_noticed_though_tokens_agree(llm, references, monkeypatch):
     right = llm.model.compute_logits
 
-    def slightly_wrong(hidden):
-        logits = right(hidden)
+    def slightly_wrong(hidden, out=None):
+        logits = right(hidden, out)
         logits[:, 7] -= 0.25
         return logits
 
     monkeypatch.setattr(llm.model, "compute_logits", slightly_wrong)
     results = compare(llm, references)
     assert all(0.24 < result.max_logit_difference < 0.26 for result in results)
+
+
+@pytest.mark.parametrize("stand_in", [ForcedSampler, ForcedTokensSampler])
+def test_stand_ins_offer_every_method_of_the_sampler(stand_in):
+    """A stage may call any of them, some only on a GPU."""
+    methods = {name for name in vars(Sampler) if not name.startswith("_")}
+    assert methods == {"validate", "collect_noise", "prepare", "sample"}
+    assert methods <= vars(stand_in).keys()
 
 
 def test_nan_logits_are_infinitely_wrong(references):
