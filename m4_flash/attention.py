@@ -114,8 +114,8 @@ def select_attention(config: EngineConfig, model: CausalLM, kv_cache: KVCache) -
     """
     backend = config.attention_backend
     if backend is AttentionBackend.AUTO:
-        is_cuda = model.device.type == "cuda"
-        backend = AttentionBackend.TRITON if is_cuda else AttentionBackend.TORCH
+        has_kernels = model.device.type == "cuda" and model.config.head_dim <= MAX_HEAD_DIM
+        backend = AttentionBackend.TRITON if has_kernels else AttentionBackend.TORCH
     if backend is AttentionBackend.TORCH:
         return TorchAttention(kv_cache)
     if model.device.type != "cuda":

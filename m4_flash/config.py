@@ -52,7 +52,7 @@ class EngineConfig:
     """Tokens whose keys and values fit in host memory; used with PreemptionMode.SWAP only."""
     attention_backend: AttentionBackend = AttentionBackend.AUTO
     """triton is this stage's own, flash_attn the installed package (FlashAttention-3's, else
-    FlashAttention-2's), torch the reference; auto is triton on a GPU and torch on a CPU."""
+    FlashAttention-2's), torch the reference; auto is triton where it can serve and else torch."""
     enforce_eager: bool = False
     """Launch every kernel of a small step by itself instead of replaying a CUDA graph."""
     max_graph_size: int = 256

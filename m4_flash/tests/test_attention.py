@@ -68,9 +68,7 @@ def model_on_gpu(head_dim: int) -> SimpleNamespace:
     return SimpleNamespace(device=torch.device("cuda"), config=config)
 
 
-@pytest.mark.parametrize(
-    "backend", [AttentionBackend.AUTO, AttentionBackend.TRITON, AttentionBackend.FLASH_ATTN]
-)
+@pytest.mark.parametrize("backend", [AttentionBackend.TRITON, AttentionBackend.FLASH_ATTN])
 def test_head_dim_beyond_the_kernels_is_refused(toy_model, backend) -> None:
     kv_cache = make_runner(toy_model, 16).kv_cache
     config = EngineConfig(attention_backend=backend)
@@ -78,9 +76,10 @@ def test_head_dim_beyond_the_kernels_is_refused(toy_model, backend) -> None:
         select_attention(config, model_on_gpu(264), kv_cache)
 
 
-def test_torch_takes_any_head_dim_on_a_gpu(toy_model) -> None:
+@pytest.mark.parametrize("backend", [AttentionBackend.AUTO, AttentionBackend.TORCH])
+def test_torch_takes_any_head_dim_on_a_gpu(toy_model, backend) -> None:
     kv_cache = make_runner(toy_model, 16).kv_cache
-    config = EngineConfig(attention_backend=AttentionBackend.TORCH)
+    config = EngineConfig(attention_backend=backend)
     assert isinstance(select_attention(config, model_on_gpu(264), kv_cache), TorchAttention)
 
 
