@@ -41,7 +41,7 @@ def attention_table(content: dict[str, Any]) -> str:
     ceilings, environment = content["ceilings"], content["environment"]
     lines += [
         "",
-        f"{environment['device']}, bfloat16, head_dim 128; limit: bytes of keys and values at "
+        f"{environment['device']}, {ceilings['dtype']}; limit: bytes of keys and values at "
         f"{ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s or FLOPs at "
         f"{ceilings['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s, whichever takes longer.",
     ]
@@ -51,7 +51,7 @@ def attention_table(content: dict[str, Any]) -> str:
 def _case(row: dict[str, Any]) -> str:
     return (
         f"{row['batch_size']} x {row['query_len']}, {row['seq_len']:,}, "
-        f"{row['num_heads']}/{row['num_kv_heads']}, {row['block_size']}"
+        f"{row['num_heads']}/{row['num_kv_heads']} of {row['head_dim']}, {row['block_size']}"
     )
 
 

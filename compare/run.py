@@ -85,18 +85,28 @@ def _stage_workloads(pairs: Sequence[str], stages: Sequence[Stage]) -> dict[str,
 
 
 def _engine_options(extra: Sequence[str], stages: Sequence[Stage]) -> dict[str, str]:
-    """`["--max-num-seqs", "64"]` -> `{"max_num_seqs": "64"}`; some stage must know each."""
+    """`["--max-num-seqs", "64"]` -> `{"max_num_seqs": "64"}`; some stage must know each.
+
+    A switch, `--enforce-eager` or `--no-enforce-eager`, is "true" or "false".
+    """
     known = sorted(set().union(*(stage.options for stage in stages)))
+    switches = set().union(*(stage.switches for stage in stages))
     found = {}
     words = [part for word in extra for part in (word.split("=", 1) if "=" in word else [word])]
-    for name, value in zip(words[::2], [*words[1::2], None], strict=False):
+    while words:
+        name = words.pop(0)
         option = name.removeprefix("--").replace("-", "_")
-        if not name.startswith("--") or option not in known or value is None:
+        if not name.startswith("--"):
+            option = ""
+        if option in switches or option.removeprefix("no_") in switches:
+            found[option.removeprefix("no_")] = "true" if option in switches else "false"
+        elif option in known and words:
+            found[option] = words.pop(0)
+        else:
             raise ValueError(
                 f"{name!r} is no option of `compare run` and none of the stages' engines has it, "
                 f"or it has no value; engine options here: {', '.join(known) or 'none'}"
             )
-        found[option] = value
     return found
 
 

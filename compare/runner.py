@@ -87,7 +87,11 @@ def bench_command(stage: Stage, settings: RunSettings, output: Path) -> list[str
     if settings.runs_per_process > 1 and not stage.is_peer:
         options["runs"] = str(settings.runs_per_process)
     for name, value in options.items():
-        command += [f"--{name.replace('_', '-')}", value]
+        flag = name.replace("_", "-")
+        if name in stage.switches:
+            command.append(f"--{flag}" if value == "true" else f"--no-{flag}")
+        else:
+            command += [f"--{flag}", value]
     return command
 
 

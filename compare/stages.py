@@ -19,6 +19,8 @@ class Stage:
     module: str
     """What `python -m` gets."""
     options: frozenset[str]
+    switches: frozenset[str] = frozenset()
+    """Those of the options that are on or off and take no value."""
     """Names of the fields of its EngineConfig; nothing else is passed to it."""
     is_peer: bool
     """A peer is measured for comparison and stands below the ladder."""
@@ -41,8 +43,8 @@ def stage_label(name: str) -> str:
     return {"hf": "Transformers", "vllm": "vLLM", "nano_vllm": "nano-vllm"}.get(name, name)
 
 
-def config_fields(source_file: Path) -> frozenset[str] | None:
-    """Names of the annotated fields of the class EngineConfig in a Python file.
+def config_fields(source_file: Path) -> dict[str, str] | None:
+    """Annotated fields of the class EngineConfig in a Python file, and their annotations.
 
     Read from the syntax tree, so that comparing engines never loads one into this process. None
     when the file does not exist or holds no such class.
@@ -52,12 +54,16 @@ def config_fields(source_file: Path) -> frozenset[str] | None:
     tree = ast.parse(source_file.read_text(encoding="utf-8"), filename=str(source_file))
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and node.name == CONFIG_CLASS:
-            return frozenset(
-                item.target.id
+            return {
+                item.target.id: ast.unparse(item.annotation)
                 for item in node.body
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-            )
+            }
     return None
+
+
+def _switches(options: dict[str, str]) -> frozenset[str]:
+    return frozenset(name for name, annotation in options.items() if annotation == "bool")
 
 
 def discover_stages(root: Path) -> dict[str, Stage]:
@@ -70,16 +76,26 @@ def discover_stages(root: Path) -> dict[str, Stage]:
     found = {}
     for folder in sorted(root.glob(LADDER_PATTERN)):
         if (folder / "__main__.py").is_file():
-            options = config_fields(folder / "config.py") or frozenset()
+            options = config_fields(folder / "config.py") or {}
             found[folder.name] = Stage(
-                name=folder.name, module=folder.name, options=options, is_peer=False
+                name=folder.name,
+                module=folder.name,
+                options=frozenset(options),
+                switches=_switches(options),
+                is_peer=False,
             )
     for file in sorted((Path(__file__).parent / "peers").glob("*.py")):
         peer_options = config_fields(file)
         if peer_options is not None:
             name = file.stem.removesuffix("_peer")
             module = f"compare.peers.{file.stem}"
-            found[name] = Stage(name=name, module=module, options=peer_options, is_peer=True)
+            found[name] = Stage(
+                name=name,
+                module=module,
+                options=frozenset(peer_options),
+                switches=_switches(peer_options),
+                is_peer=True,
+            )
     return found
 
 

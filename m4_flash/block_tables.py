@@ -27,7 +27,8 @@ class BlockTables:
     A decode step changes at most the entry of the block it writes to, so that is all that
     travels: the host's work does not grow with the context. Rows are copied whole when a request
     is new here, when it computes several tokens, or when its table is another list than before
-    (it was swapped, or shares its parent's blocks).
+    (it was swapped, or shares its parent's blocks). A row is kept until somebody needs it, also
+    if its request has finished.
     """
 
     def __init__(self, num_rows: int, num_columns: int, device: torch.device) -> None:

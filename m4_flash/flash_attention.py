@@ -350,12 +350,12 @@ class TritonAttention:
         _, _, self.block_size, self.num_kv_heads, self.head_dim = kv_cache.keys.shape
         self.num_heads, self.group = num_heads, num_heads // self.num_kv_heads
         self.dim_block = max(16, triton.next_power_of_2(self.head_dim))
-        self.group_block = max(16, triton.next_power_of_2(self.group))  # a matrix unit's least rows
+        group_block = max(16, triton.next_power_of_2(self.group))  # a matrix unit's least rows
         self.scale = self.head_dim**-0.5 * _LOG2_E
         device, dtype = kv_cache.keys.device, kv_cache.keys.dtype
         self.overlap = overlap_options(device)
         self.prefill_tiles = _prefill_tiles(self.dim_block, dtype)
-        self.decode_tiles = _decode_tiles(self.dim_block, self.group_block, dtype)
+        self.decode_tiles = _decode_tiles(self.dim_block, group_block, dtype)
         self.num_programs = _PROGRAMS_PER_MULTIPROCESSOR * (
             torch.cuda.get_device_properties(device).multi_processor_count
             if device.type == "cuda"
@@ -363,7 +363,7 @@ class TritonAttention:
         )
         # Programs that share a context meet here; fixed addresses, so that a graph can hold them.
         num_pairs = max_num_requests * self.num_kv_heads
-        num_rows = max(self.num_programs, num_pairs) * self.group
+        num_rows = self.num_programs * self.group  # a batch with more pairs splits no context
         self.partial = torch.empty((num_rows, self.head_dim), dtype=torch.float32, device=device)
         self.lse = torch.empty(num_rows, dtype=torch.float32, device=device)
         self.num_arrived = torch.zeros(num_pairs, dtype=torch.int32, device=device)
@@ -466,7 +466,7 @@ class TritonAttention:
             self.scale,
             NUM_KV_HEADS=self.num_kv_heads,
             GROUP=self.group,
-            GROUP_BLOCK=self.group_block,
+            GROUP_BLOCK=tiles.queries,
             HEAD_DIM=self.head_dim,
             DIM_BLOCK=self.dim_block,
             BLOCK_SIZE=self.block_size,

@@ -60,7 +60,8 @@ class ModelRunner:
     def prepare_inputs(self, scheduler_output: SchedulerOutput) -> InputBatch:
         """Gather what the model reads, on the host, and upload it in one copy.
 
-        A small step lands in the buffers of a captured graph, if there is one of its shape.
+        Rows of the block tables that must be copied whole travel before it. A small step lands in
+        the buffers of a captured graph, if there is one of its shape.
         """
         scheduled = scheduler_output.scheduled
         host = HostBatch.gather(scheduled, self.block_tables, self.config.block_size)

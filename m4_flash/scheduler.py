@@ -37,8 +37,7 @@ class Scheduler:
     """Requests join and leave the batch at every step (iteration-level scheduling, Orca).
 
     First come, first served, or by priority and then first come. A step computes whole prompts
-    if any can start, else one token of every running request: a padded batch of both would be
-    mostly padding.
+    if any can start, else one token of every running request.
 
     When a running request needs a block and none is free, the last in order gives way: its
     blocks are swapped out or dropped, and it comes back before anybody who is behind it. A

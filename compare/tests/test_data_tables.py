@@ -24,7 +24,8 @@ PROFILE = {
 def attention_row(backend: str, seconds: float, query_len: int = 1) -> dict[str, object]:
     return {
         "batch_size": 8, "query_len": query_len, "seq_len": 16384, "num_heads": 16,
-        "num_kv_heads": 8, "block_size": 16, "backend": backend, "seconds": seconds,
+        "num_kv_heads": 8, "head_dim": 128, "block_size": 16,
+        "backend": backend, "seconds": seconds,
         "bytes_per_s": 2e12, "flops_per_s": 3e14, "floor_s": 1e-5,
     }  # fmt: skip
 
@@ -36,7 +37,7 @@ def attention_content() -> dict[str, object]:
             attention_row("flash_attn_3", 3e-5),
             attention_row("triton", 4e-5, query_len=512),
         ],
-        "ceilings": {"copy_bytes_per_s": 4e12, "matmul_flops_per_s": 8e14},
+        "ceilings": {"copy_bytes_per_s": 4e12, "matmul_flops_per_s": 8e14, "dtype": "bfloat16"},
         "environment": {"device": "NVIDIA H200"},
     }
 
@@ -54,8 +55,11 @@ def root(tmp_path):
 def test_attention_table_has_a_line_per_case_and_a_column_per_backend():
     lines = attention_table(attention_content()).splitlines()
     assert lines[0].count("|") == 5
-    assert "8 x 1, 16,384, 16/8, 16 | 20.0 µs, 2.00 TB/s | 30.0 µs, 2.00 TB/s | 10 µs" in lines[2]
-    assert "8 x 512, 16,384, 16/8, 16 | 40.0 µs, 300 TFLOP/s | – | 10 µs" in lines[3]
+    assert (
+        "8 x 1, 16,384, 16/8 of 128, 16 | 20.0 µs, 2.00 TB/s | 30.0 µs, 2.00 TB/s | 10 µs"
+        in lines[2]
+    )
+    assert "8 x 512, 16,384, 16/8 of 128, 16 | 40.0 µs, 300 TFLOP/s | – | 10 µs" in lines[3]
     assert "4.00 TB/s" in lines[-1] and "800 TFLOP/s" in lines[-1]
 
 

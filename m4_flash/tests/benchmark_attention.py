@@ -198,6 +198,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
     output = parser.parse_args().output
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device, and these kernels are timed on one")
     ceilings = measure_ceilings(DEVICE)
     rows = []
     for case in CASES:

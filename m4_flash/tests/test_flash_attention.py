@@ -189,7 +189,8 @@ def test_splits_fill_the_device_and_never_exceed_their_limit() -> None:
     for num_requests in range(1, 65):
         num_splits = attention._num_splits(num_requests)
         assert 1 <= num_splits <= MAX_SPLITS
-        assert num_requests * 2 * num_splits * attention.group <= len(attention.lse)
+        num_parts = num_requests * 2 * num_splits
+        assert num_splits == 1 or num_parts * attention.group <= len(attention.lse)
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 5])

@@ -79,6 +79,7 @@ def run_benchmark(
         "workload": describe_workload(workload),
         "model": _describe_model(model, model_name, load_format),
         "engine_config": _plain(asdict(engine.config)),
+        "attention": type(getattr(engine.model_runner, "attention", None)).__name__,
         "seed": seed,
         **speed_section(run.record, workload),
         "decode_step_s": decode_step_summary(run.record),

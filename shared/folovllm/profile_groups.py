@@ -7,13 +7,17 @@ from typing import Any
 from .hardware import Ceilings
 from .model import CausalLM, kv_bytes_per_token
 
+_PRODUCTS = (
+    *("nvjet", "gemm", "gemv", "splitk", "cutlass", "_row_kernel", "_rows_"),
+    *("::mm", "::addmm", "::bmm", "::baddbmm"),  # torch's operators, on a CPU
+)
 _PATTERNS = (
-    ("attention", ("_decode_kernel", "_prefill_kernel", "flash")),
+    ("attention", ("_decode_kernel", "_prefill_kernel", "flash", "scaled_dot_product")),
     ("norms", ("rms_norm",)),
     ("rotary embedding", ("rope",)),
     ("activation", ("silu",)),
     ("sampling", ("best_of",)),
-    ("matrix products", ("nvjet", "gemm", "gemv", "splitk", "cutlass", "_row_kernel", "_rows_")),
+    ("matrix products", _PRODUCTS),
 )
 """Group -> parts of kernel names, in lower case; the first that fits counts."""
 OTHER = "everything else"

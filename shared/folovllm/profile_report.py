@@ -15,7 +15,7 @@ def format_profile(result: dict[str, Any], num_rows: int = 25) -> str:
         section = result[label]
         lines += [
             "",
-            f"{label} step: {section['step_s'] * 1e3:.2f} ms, of which {what}s "
+            f"{label} step{_size(section)}: {section['step_s'] * 1e3:.2f} ms, of which {what}s "
             f"{section['kernels_s'] * 1e3:.2f} ms in {section['num_launches']} launches",
             "",
             *_format_groups(section["groups"]),
@@ -48,7 +48,15 @@ def _format_groups(rows: Sequence[dict[str, Any]]) -> list[str]:
                 f"{row['num_bytes'] / 1e6:,.1f}",
                 f"{row['num_flops'] / 1e9:,.1f}",
                 f"{row['limit_s'] * 1e6:,.0f}",
-                f"{row['limit_fraction']:.0%}",
+                "" if row["limit_fraction"] is None else f"{row['limit_fraction']:.0%}",
             ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _size(section: dict[str, Any]) -> str:
+    """What the step computed; results from before it was kept have nothing to say."""
+    if "num_scheduled_requests" not in section:
+        return ""
+    requests, tokens = section["num_scheduled_requests"], section["num_scheduled_tokens"]
+    return f" of {requests} requests and {tokens:,} tokens"

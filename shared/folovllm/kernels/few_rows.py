@@ -6,6 +6,8 @@ split over the inner dimension costs a second launch. Two forms, because the ten
 at least eight columns: one row is a dot product per output, several are small matrix products.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -14,7 +16,7 @@ import triton.language as tl
 from .overlap import let_next_start, overlap_options, wait_for_previous
 
 MAX_ROWS = 16
-"""From here on the library is as fast (measured on an H200, see docs/dev/milestone_4.md)."""
+"""The most rows that were tried: with 16 an 8B model gains nothing any more (milestone 4)."""
 _BLOCK_IN = 1024
 """Inputs that the kernel for one row reads at a time."""
 _BLOCK_OUT = 16
@@ -92,8 +94,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     """See reference.linear; x is contiguous. Anything but few rows of 16-bit numbers is torch's."""
     num_rows, num_inputs = x.shape
     num_outputs = weight.shape[0]
-    block_in, num_warps, num_stages = _few_rows_blocks(num_inputs)
-    is_aligned = num_outputs % _BLOCK_OUT == num_inputs % block_in == 0
+    blocks = _few_rows_blocks(num_inputs)
+    is_aligned = num_outputs % _BLOCK_OUT == num_inputs % blocks.num_inputs == 0
     if x.dtype == torch.float32 or num_rows > MAX_ROWS or (num_rows > 1 and not is_aligned):
         return F.linear(x, weight, bias)
     out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
@@ -121,16 +123,26 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         HAS_BIAS=bias is not None,
         ROWS=8 if num_rows <= 8 else MAX_ROWS,
         BLOCK_OUT=_BLOCK_OUT,
-        BLOCK_IN=block_in,
-        NUM_STAGES=num_stages,
-        num_warps=num_warps,
+        BLOCK_IN=blocks.num_inputs,
+        NUM_STAGES=blocks.num_stages,
+        num_warps=blocks.num_warps,
         **overlap_options(x.device),
     )
     return out
 
 
-def _few_rows_blocks(num_inputs: int) -> tuple[int, int, int]:
-    """(inputs at a time, warps, tiles under way), as measured on an H200."""
+class _Blocks(NamedTuple):
+    """How the kernel for several rows cuts its work."""
+
+    num_inputs: int
+    """Inputs at a time."""
+    num_warps: int
+    num_stages: int
+    """Tiles of weights on their way from memory while one is computed, plus that one."""
+
+
+def _few_rows_blocks(num_inputs: int) -> _Blocks:
+    """What was fastest on an H200."""
     if num_inputs >= 2048 and num_inputs % 512 == 0:
-        return 512, 2, 3
-    return 256 if num_inputs % 256 == 0 else 64, 1, 4
+        return _Blocks(num_inputs=512, num_warps=2, num_stages=3)
+    return _Blocks(num_inputs=256 if num_inputs % 256 == 0 else 64, num_warps=1, num_stages=4)
