@@ -1,167 +1,38 @@
-"""Steps replayed from CUDA graphs against the same steps launched kernel by kernel.
+"""Decode steps replayed from CUDA graphs against the same steps launched kernel by kernel.
 
 Every test runs on a CPU too, where nothing is captured: what it shows there is that the test
 itself compares the right things.
 """
 
 import random
-from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
 
-from folovllm.model import CausalLM, kv_bytes_per_token, load_model
-from folovllm.request import Request, SamplingParams
+from folovllm.request import Request
 from folovllm.testing.driver import check_step, drain, make_requests, random_prompts
-from folovllm.testing.toy_models import toy_families, write_toy_model
 from m4_flash.config import AttentionBackend, EngineConfig, PreemptionMode
 from m4_flash.cuda_graph import StepGraphs, StepShape, decode_shapes, prompt_shapes
-from m4_flash.engine import LLMEngine
+from m4_flash.tests.graphed_engines import (
+    SIZES,
+    Replays,
+    check_changes,
+    cuda_model,
+    eager_engine,
+    greedy,
+    make_engine,
+    model,
+    planned_graphs,
+    prompts_of,
+    serve,
+    size_of,
+    tempered,
+    toy_directory,
+)
 from m4_flash.tests.invariants import check_blocks
-from m4_flash.tests.mixed_steps import DEVICES, needs_cuda
 from m4_flash.tests.test_preemption import forks
 
-SIZES = [1, 2, 4, 8, 16, 20]
-"""Requests in the decode steps that are captured for max_num_seqs 20."""
-RULES = [
-    {"temperature": 1.0, "top_p": 0.8},
-    {"temperature": 1.2, "top_k": 5},
-    {"temperature": 1.0, "min_p": 0.1},
-    {"temperature": 0.0, "repetition_penalty": 1.5},
-    {"temperature": 0.8, "presence_penalty": 1.0, "frequency_penalty": 0.5},
-    {"temperature": 0.0, "logit_bias": {7: 3.0, 8: -3.0}},
-    {"temperature": 0.0, "min_tokens": 6, "stop_token_ids": list(range(100))},
-    {"temperature": 0.9, "logprobs": 3},
-]
-"""Rules that no graph follows."""
-
-
-@pytest.fixture(scope="module")
-def toy_directory(tmp_path_factory) -> Path:
-    return write_toy_model(toy_families()[3], tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(scope="module", params=DEVICES)
-def model(request, toy_directory) -> CausalLM:
-    """float32: a batch of another size rounds differently, which bfloat16 would show in tokens."""
-    return load_model(toy_directory, device=request.param, dtype="float32")
-
-
-@pytest.fixture(scope="module", params=[pytest.param("cuda", marks=needs_cuda)])
-def cuda_model(request, toy_directory) -> CausalLM:
-    return load_model(toy_directory, device=request.param, dtype="float32")
-
-
-def make_engine(model: CausalLM, num_blocks: int = 320, **options) -> LLMEngine:
-    """An engine whose cache is full of NaN; by default no request ever has to give way."""
-    block_size = options.setdefault("block_size", 4)
-    config = EngineConfig(
-        **{
-            "max_model_len": 64,
-            "max_num_seqs": 20,
-            "max_num_batched_tokens": 1024,
-            "kv_cache_bytes": num_blocks
-            * block_size
-            * kv_bytes_per_token(model.config, model.dtype),
-            **options,
-        }
-    )
-    engine = LLMEngine(config, model)
-    engine.model_runner.kv_cache.kv.fill_(float("nan"))
-    return engine
-
-
-def eager_engine(model: CausalLM, **options) -> LLMEngine:
-    return make_engine(model, enforce_eager=True, **options)
-
-
-def planned_graphs(config: EngineConfig) -> StepGraphs:
-    """What is captured for this config, without capturing it, which needs no GPU."""
-    graphs = StepGraphs.__new__(StepGraphs)
-    graphs._decode_shapes = decode_shapes(min(config.max_graph_size, config.max_num_seqs))
-    graphs._prompt_shapes = prompt_shapes(min(config.max_graph_prompt_len, config.max_model_len))
-    graphs.graphs = {shape: shape for shape in graphs._decode_shapes + graphs._prompt_shapes}
-    return graphs
-
-
-class Replays:
-    """What an engine replays from graphs.
-
-    On a CPU what it would replay, so that what a test expects is checked there as well.
-    """
-
-    def __init__(self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.decodes: list[tuple[int, int]] = []
-        """(requests that the graph holds, requests that it served) per step"""
-        self.prompts: list[tuple[int, int]] = []
-        """(tokens that the graph holds, tokens of the prompt) per step"""
-        runner, planned = engine.model_runner, planned_graphs(engine.config)
-        replay, prepare_inputs = runner._replay, runner.prepare_inputs
-        assert (runner.graphs is not None) == (runner.model.device.type == "cuda")
-        num_tokens = num_requests = 0
-
-        def record(shape: tuple[int, int]) -> None:
-            if shape[0] == shape[1]:
-                self.decodes.append((shape[1], num_requests))
-            else:
-                assert shape[1] == num_requests == 1
-                self.prompts.append((shape[0], num_tokens))
-
-        def recorded_inputs(scheduler_output):
-            nonlocal num_tokens, num_requests
-            num_tokens = sum(s.num_scheduled_tokens for s in scheduler_output.scheduled)
-            num_requests = len(scheduler_output.scheduled)
-            shape = planned.find(num_tokens, num_requests)
-            if runner.graphs is None and shape is not None:
-                record(shape)
-            return prepare_inputs(scheduler_output)
-
-        def recorded_replay(graph, requests):
-            record((len(graph.batch.input_ids), len(graph.batch.seq_lens)))
-            return replay(graph, requests)
-
-        monkeypatch.setattr(runner, "prepare_inputs", recorded_inputs)
-        monkeypatch.setattr(runner, "_replay", recorded_replay)
-
-
-def size_of(num_requests: int) -> int:
-    return min(size for size in SIZES if size >= num_requests)
-
-
-def greedy(max_tokens: int, **options) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **options)
-
-
-def tempered(max_tokens: int, temperature: float = 1.0, **options) -> SamplingParams:
-    return SamplingParams(
-        temperature=temperature, max_tokens=max_tokens, ignore_eos=True, **options
-    )
-
-
-def serve(
-    engine: LLMEngine,
-    prompts: Sequence[list[int]],
-    params: SamplingParams | Sequence[SamplingParams],
-    later: dict[int, Sequence[int]] | None = None,
-) -> list[list[int]]:
-    """Output tokens per prompt; later: step -> indices of the prompts that arrive then."""
-    requests = make_requests(prompts, params, seeds=range(len(prompts)))
-    late = {step: [requests[i] for i in indices] for step, indices in (later or {}).items()}
-    is_late = {request.request_id for group in late.values() for request in group}
-    drain(engine, [r for r in requests if r.request_id not in is_late], later=late)
-    return [request.output_token_ids for request in requests]
-
-
-def prompts_of(num_requests: int, seed: int = 0, max_len: int = 20) -> list[list[int]]:
-    return random_prompts(seed=seed, count=num_requests, vocab_size=199, min_len=2, max_len=max_len)
-
-
-def check_changes(after: torch.Tensor, before: torch.Tensor, slots: set[int]) -> None:
-    """Of the keys and values of every layer exactly these slots changed, compared as bits."""
-    bits = (after.view(torch.int32) != before.view(torch.int32)).flatten(-2).any(-1)
-    for changed in bits.flatten(2).flatten(0, 1):  # [num_slots], of one layer's keys or values
-        assert set(changed.nonzero().flatten().tolist()) == slots
+__all__ = ["cuda_model", "model", "toy_directory"]
 
 
 # What is captured
@@ -318,100 +189,6 @@ def test_prompts_of_one_token_are_a_decode_step(model, monkeypatch) -> None:
     assert len(replays.decodes) == 6, "the first step is replayed as well"
 
 
-# Prompts that are alone in their step
-
-
-PROMPT_LENS = [2, 3, 5, 17, 63, 64, 65, 127, 128, 129, 150, 180]
-
-
-def test_prompts_alone_give_the_tokens_of_eager_steps(model, monkeypatch) -> None:
-    """From long to short and back: rows behind a short prompt held tokens of a long one."""
-    options = {"max_model_len": 190, "num_blocks": 50}
-    graphed, eager = make_engine(model, **options), eager_engine(model, **options)
-    replays = Replays(graphed, monkeypatch)
-    for num_tokens in PROMPT_LENS[::-1] + PROMPT_LENS:
-        prompt = random_prompts(
-            seed=num_tokens, count=1, vocab_size=199, min_len=num_tokens, max_len=num_tokens
-        )
-        for params in (greedy(3), tempered(3)):
-            assert serve(graphed, prompt, params) == serve(eager, prompt, params)
-    expected = {
-        (min(length for length in (64, 128, 190) if length >= num_tokens), num_tokens)
-        for num_tokens in PROMPT_LENS
-    }
-    assert set(replays.prompts) == expected
-    assert len(replays.prompts) == 4 * len(PROMPT_LENS)
-
-
-@pytest.mark.parametrize("max_len", [0, 1, 2, 40, 10000])
-def test_prompt_that_no_graph_holds_is_launched_kernel_by_kernel(
-    model, monkeypatch, max_len
-) -> None:
-    graphed, eager = make_engine(model, max_graph_prompt_len=max_len), eager_engine(model)
-    replays = Replays(graphed, monkeypatch)
-    for num_tokens in (1, 2, 3, 40, 41):
-        prompt = [list(range(7, 7 + num_tokens))]
-        assert serve(graphed, prompt, greedy(4)) == serve(eager, prompt, greedy(4))
-    expected = {0: [], 1: [], 2: [2], 40: [2, 3, 40], 10000: [2, 3, 40, 41]}[max_len]
-    assert [num_tokens for _, num_tokens in replays.prompts] == expected
-
-
-def test_prompts_that_start_together_are_not_replayed(model, monkeypatch) -> None:
-    graphed, eager = make_engine(model), eager_engine(model)
-    replays = Replays(graphed, monkeypatch)
-    prompts, params = prompts_of(4), [greedy(9)] * 4
-    later = {2: [2, 3]}
-    assert serve(graphed, prompts, params, later) == serve(eager, prompts, params, later)
-    assert replays.prompts == []
-
-
-def test_prompt_between_decode_steps_gives_the_tokens_of_eager_steps(model, monkeypatch) -> None:
-    """One graph after the other, over the same logits and the same tables."""
-    graphed, eager = make_engine(model), eager_engine(model)
-    replays = Replays(graphed, monkeypatch)
-    prompts = prompts_of(8, max_len=30)
-    params = [greedy(20), tempered(25)] * 4
-    later = {2 * index: [index] for index in range(1, 8)}
-    assert serve(graphed, prompts, params, later) == serve(eager, prompts, params, later)
-    assert len(replays.prompts) == 8
-    assert {size for size, _ in replays.decodes} == {1, 2, 4, 8}
-
-
-def test_replayed_prompt_changes_no_slot_but_its_own(model, monkeypatch) -> None:
-    engine = make_engine(model, num_blocks=80)
-    replays = Replays(engine, monkeypatch)
-    runner, block_size = engine.model_runner, engine.config.block_size
-    (bystander,) = make_requests([[1, 2, 3]], greedy(50), ids=["bystander"])
-    engine.add_request(bystander)
-    for _ in range(3):
-        engine.step()
-    for num_tokens in (40, 64 - 1, 3, 2, 17, 8):
-        (request,) = make_requests([[9] * num_tokens], greedy(1))
-        engine.add_request(request)
-        # Fresh values, or who writes the same again would not be noticed.
-        free = list(engine.kv_cache_manager.pool.free_block_ids)
-        runner.kv_cache.kv[:, :, free] = torch.randn_like(runner.kv_cache.kv[:, :, free])
-        before = runner.kv_cache.kv.clone()
-        scheduled = engine.scheduler.schedule()
-        table = engine.kv_cache_manager.block_tables[request.request_id]
-        slots = {table[i // block_size] * block_size + i % block_size for i in range(num_tokens)}
-        engine.scheduler.update(scheduled, runner.execute(scheduled))
-        check_changes(runner.kv_cache.kv, before, slots)
-    assert len(replays.prompts) == 7
-    drain(engine, [])
-    alone = serve(eager_engine(model), [[1, 2, 3]], greedy(50))
-    assert [bystander.output_token_ids] == alone
-
-
-@pytest.mark.parametrize("rules", RULES, ids=lambda rules: "-".join(rules))
-def test_prompt_of_a_request_with_rules_gives_the_token_of_an_eager_step(model, rules) -> None:
-    params = SamplingParams(max_tokens=6, ignore_eos=True, **rules)
-    graphed, eager = make_engine(model), eager_engine(model)
-    for prompt in prompts_of(3, max_len=50):
-        assert serve(graphed, [prompt], params) == serve(eager, [prompt], params)
-        assert serve(graphed, [prompt], greedy(2)) == serve(eager, [prompt], greedy(2))
-
-
 # What a replay writes
 
 
@@ -467,71 +244,6 @@ def test_rows_that_are_taken_for_current_are(model) -> None:
             num_checks += 1
     assert num_checks > 200
     assert all(request.num_output_tokens == 20 for request in requests)
-
-
-# Sampling
-
-
-def test_temperature_inside_the_graph_gives_the_tokens_of_eager_steps(model, monkeypatch) -> None:
-    graphed, eager = make_engine(model), eager_engine(model)
-    replays = Replays(graphed, monkeypatch)
-    prompts = prompts_of(11)
-    params = [
-        greedy(12) if index % 3 == 0 else tempered(12 + index, temperature=0.5 + index / 10)
-        for index in range(11)
-    ]
-    outputs = [serve(engine, prompts, params) for engine in (graphed, eager)]
-    assert outputs[0] == outputs[1]
-    assert outputs[0] != serve(eager, prompts, greedy(12)), "nothing was random"
-    assert {size for size, _ in replays.decodes} == {1, 2, 4, 8, 16}
-
-
-def test_greedy_batch_behind_a_random_one_is_greedy(model) -> None:
-    """The same graph, in whose buffers the noise of the batch before still is."""
-    graphed, eager = make_engine(model), eager_engine(model)
-    prompts = prompts_of(3)
-    for params in (tempered(8), greedy(8), greedy(8), tempered(8, 1.3), greedy(8)):
-        assert serve(graphed, prompts, params) == serve(eager, prompts, params)
-
-
-def test_random_request_whose_batch_shrinks_keeps_its_own_noise(model) -> None:
-    """Rows move up as requests finish, and padding behind them keeps what it held."""
-    graphed, eager = make_engine(model), eager_engine(model)
-    prompts = prompts_of(4)
-    params = [tempered(2), greedy(4), tempered(6, 0.7), tempered(9, 1.5)]
-    assert serve(graphed, prompts, params) == serve(eager, prompts, params)
-    assert serve(graphed, prompts[:1], greedy(9)) == serve(eager, prompts[:1], greedy(9))
-
-
-@pytest.mark.parametrize("rules", RULES, ids=lambda rules: "-".join(rules))
-def test_rules_outside_the_graph_give_the_tokens_of_eager_steps(model, monkeypatch, rules) -> None:
-    graphed, eager = make_engine(model), eager_engine(model)
-    replays = Replays(graphed, monkeypatch)
-    prompts, ruled = prompts_of(3), SamplingParams(max_tokens=10, ignore_eos=True, **rules)
-    # By itself, and beside a plain and a random request, which then leave the graph as well.
-    for params in ([ruled] * 3, [ruled, greedy(12), tempered(14)], [greedy(5)] * 3):
-        outputs = []
-        for engine in (graphed, eager):
-            requests = make_requests(prompts, params, seeds=range(3))
-            outputs.append(drain(engine, requests))
-        for actual, expected in zip(*outputs, strict=True):
-            assert actual[:3] == expected[:3]
-            assert (actual.logprobs is None) == (expected.logprobs is None)
-            if actual.logprobs is not None and expected.logprobs is not None:
-                assert actual.logprobs.rank == expected.logprobs.rank
-                assert actual.logprobs.logprob == pytest.approx(expected.logprobs.logprob, abs=1e-3)
-                assert [i for i, _ in actual.logprobs.top] == [i for i, _ in expected.logprobs.top]
-    assert {(4, 3), (2, 2), (1, 1)} >= set(replays.decodes) >= {(4, 3)}
-
-
-def test_tokens_do_not_depend_on_batch_mates_whose_rules_leave_the_graph(model) -> None:
-    """The same request inside the graph, behind it, and in a batch that changes over in between."""
-    prompts = prompts_of(3)
-    ruled = SamplingParams(max_tokens=5, ignore_eos=True, temperature=1.0, top_p=0.9)
-    for own in (greedy(12), tempered(12)):
-        alone = serve(make_engine(model), prompts[:1], own)
-        mixed = serve(make_engine(model), prompts, [own, ruled, ruled])
-        assert mixed[:1] == alone
 
 
 # With everything else that an engine does
