@@ -16,13 +16,12 @@ import numpy as np
 import torch
 
 from folovllm.sampling_tensors import Noise
+from folovllm.transfer import aligned_offsets
 
 from .input_batch import HostBatch, InputBatch
 
 RunStepFn = Callable[[InputBatch, Noise, torch.Tensor], torch.Tensor]
 """(batch, noise, logits [num_requests, vocab_size], written) -> choices [2, num_requests]."""
-_ALIGNMENT = 16
-"""Bytes, as in folovllm.transfer."""
 
 
 class StepShape(NamedTuple):
@@ -49,16 +48,14 @@ class PinnedColumns:
     """Named by position: arrays of fixed length in pinned host memory, and their twins."""
 
     def __init__(self, lengths: Sequence[int], dtypes: Sequence[Any], device: torch.device) -> None:
-        offsets, end = [], 0
-        for length, dtype in zip(lengths, dtypes, strict=True):
-            offsets.append(end)
-            end += -(-length * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
+        sizes = [n * np.dtype(dtype).itemsize for n, dtype in zip(lengths, dtypes, strict=True)]
+        *offsets, end = aligned_offsets(sizes)
         self._pinned = torch.zeros(end, dtype=torch.uint8, pin_memory=True)
         self._twin = torch.zeros(end, dtype=torch.uint8, device=device)
         self.host: list[np.ndarray] = []
         self.device: list[torch.Tensor] = []
-        for offset, length, dtype in zip(offsets, lengths, dtypes, strict=True):
-            window = slice(offset, offset + length * np.dtype(dtype).itemsize)
+        for offset, size, dtype in zip(offsets, sizes, dtypes, strict=True):
+            window = slice(offset, offset + size)
             self.host.append(self._pinned.numpy()[window].view(dtype))
             torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
             self.device.append(self._twin[window].view(torch_dtype))

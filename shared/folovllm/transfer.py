@@ -1,6 +1,7 @@
 """Moving a step's small host arrays to the device in one copy."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -8,6 +9,11 @@ import torch
 _ALIGNMENT = 16
 """Bytes. Triton compiles a kernel anew for pointers that are not multiples of 16: offsets that
 depend on a step's lengths would make it compile in the middle of a run."""
+
+
+def aligned_offsets(num_bytes: Sequence[int]) -> list[int]:
+    """Where arrays of these sizes start in one buffer; the last entry is the buffer's length."""
+    return list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in num_bytes), initial=0))
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
@@ -20,10 +26,7 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Ten
     """
     if device.type != "cuda":
         return [torch.from_numpy(array) for array in arrays]
-    offsets, end = [], 0
-    for array in arrays:
-        offsets.append(end)
-        end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    *offsets, end = aligned_offsets([array.nbytes for array in arrays])
     staging = torch.empty(max(end, 1), dtype=torch.uint8, pin_memory=True)
     staging_np = staging.numpy()
     for array, offset in zip(arrays, offsets, strict=True):
