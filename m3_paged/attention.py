@@ -23,8 +23,8 @@ class AttentionMetadata:
 
     slot_mapping: torch.Tensor
     """[num_tokens] int64, cache position of each new token: block id * block_size + offset"""
-    context_rows: torch.Tensor
-    """[num_requests * num_kv_heads * padded_seq_len] int64, see find_context_rows"""
+    context_slots: torch.Tensor
+    """[padded_seq_len * num_requests] int64, see find_context_slots"""
     packed_to_padded: torch.Tensor
     """[num_tokens] int64, each token's index in the flattened padded batch"""
     padded_to_packed: torch.Tensor
@@ -33,28 +33,21 @@ class AttentionMetadata:
     """[num_requests, 1, max_query_len, padded_seq_len] bool, True where a query may not look"""
 
 
-def find_context_rows(
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
-    padded_seq_len: int,
-    block_size: int,
-    num_kv_heads: int,
+def find_context_slots(
+    block_tables: torch.Tensor, seq_lens: torch.Tensor, padded_seq_len: int, block_size: int
 ) -> torch.Tensor:
     """Look every token of every request up in its block table, once for all layers.
 
     block_tables: [num_requests, max_num_blocks] int64; seq_lens: [num_requests] int64. Returns
-    [num_requests * num_kv_heads * padded_seq_len] int64: rows of a layer's cache seen as
-    [num_blocks * block_size * num_kv_heads, head_dim], heads before tokens, as the matrix
-    product wants them. Padding repeats a sequence's last token, because memory that nobody wrote
-    may hold NaN, and a probability of 0 times NaN is NaN. With block_size 4, one head, table
-    [7, 2] and 6 tokens: [28, 29, 30, 31, 8, 9, 9, 9].
+    [padded_seq_len * num_requests] int64, cache positions of the first token of every request,
+    then of the second, and so on. Padding repeats a sequence's last token, because memory that
+    nobody wrote may hold NaN, and a probability of 0 times NaN is NaN. With block_size 4, tables
+    [7, 2] and [3] and 6 and 2 tokens: [28, 12, 29, 13, 30, 13, 31, 13, 8, 13, 9, 13].
     """
-    positions = torch.arange(padded_seq_len, device=seq_lens.device)
-    positions = torch.minimum(positions, seq_lens[:, None] - 1)
-    block_ids = block_tables.gather(1, positions // block_size)
-    slots = block_ids * block_size + positions % block_size
-    heads = torch.arange(num_kv_heads, device=seq_lens.device)
-    return (slots[:, None, :] * num_kv_heads + heads[:, None]).view(-1)
+    positions = torch.arange(padded_seq_len, device=seq_lens.device)[:, None]
+    positions = torch.minimum(positions, seq_lens - 1)
+    block_ids = block_tables.t().gather(0, positions // block_size)
+    return (block_ids * block_size + positions % block_size).view(-1)
 
 
 class Attention:
@@ -90,10 +83,13 @@ class Attention:
         num_heads, head_dim = q.shape[1:]
         num_kv_heads = keys.shape[2]
         num_rows, _, max_query_len, padded_seq_len = metadata.is_hidden.shape
-        # [num_requests * num_kv_heads, padded_seq_len, head_dim]
-        gathered = (num_rows * num_kv_heads, padded_seq_len, head_dim)
-        keys = keys.view(-1, head_dim).index_select(0, metadata.context_rows).view(gathered)
-        values = values.view(-1, head_dim).index_select(0, metadata.context_rows).view(gathered)
+        # A token's heads are copied in one piece. Requests lie beside each other, so that one
+        # stride leads from any head to the next: the products take [num_requests * num_kv_heads,
+        # padded_seq_len, head_dim] as a view.
+        gathered = (padded_seq_len, num_rows * num_kv_heads, head_dim)
+        keys = keys.flatten(0, 1).index_select(0, metadata.context_slots).view(gathered)
+        values = values.flatten(0, 1).index_select(0, metadata.context_slots).view(gathered)
+        keys, values = keys.transpose(0, 1), values.transpose(0, 1)
         queries = (
             q.index_select(0, metadata.padded_to_packed)
             .view(num_rows, max_query_len, num_kv_heads, -1, head_dim)

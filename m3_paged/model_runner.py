@@ -13,7 +13,7 @@ from folovllm.request import Request, SamplingParams
 from folovllm.sampling import Sampler
 from folovllm.transfer import upload
 
-from .attention import Attention, AttentionMetadata, find_context_rows
+from .attention import Attention, AttentionMetadata, find_context_slots
 from .config import EngineConfig
 from .kv_cache import KVCache
 from .scheduler import ScheduledRequest, SchedulerOutput
@@ -122,12 +122,8 @@ class ModelRunner:
         ) = upload(host_arrays, device)
         attention = AttentionMetadata(
             slot_mapping=slot_mapping,
-            context_rows=find_context_rows(
-                block_tables,
-                seq_lens,
-                padded_seq_len,
-                self.config.block_size,
-                self.model.config.num_kv_heads,
+            context_slots=find_context_slots(
+                block_tables, seq_lens, padded_seq_len, self.config.block_size
             ),
             packed_to_padded=packed_to_padded,
             padded_to_packed=padded_to_packed,

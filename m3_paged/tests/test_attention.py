@@ -7,7 +7,7 @@ from folovllm.kernels.reference import causal_attention
 from folovllm.request import SamplingParams
 from folovllm.testing.driver import make_requests
 from folovllm.testing.engine_contract import toy_model
-from m3_paged.attention import find_context_rows
+from m3_paged.attention import find_context_slots
 from m3_paged.config import EngineConfig, PreemptionMode
 from m3_paged.kv_cache import KVCache
 from m3_paged.kv_cache_manager import BlockCopy, CopyKind
@@ -30,14 +30,10 @@ def make_runner(model, block_size: int = 4) -> ModelRunner:
     return ModelRunner(config, model)
 
 
-def test_rows_follow_the_table_and_padding_repeats_the_last_token() -> None:
+def test_slots_follow_the_table_and_padding_repeats_the_last_token() -> None:
     tables, seq_lens = torch.tensor([[7, 2], [3, 0]]), torch.tensor([6, 1])
-    rows = find_context_rows(tables, seq_lens, padded_seq_len=8, block_size=4, num_kv_heads=1)
-    assert rows.tolist() == [28, 29, 30, 31, 8, 9, 9, 9] + [12] * 8
-    rows = find_context_rows(
-        tables[:1], seq_lens[:1], padded_seq_len=2, block_size=4, num_kv_heads=2
-    )
-    assert rows.tolist() == [56, 58, 57, 59]
+    slots = find_context_slots(tables, seq_lens, padded_seq_len=8, block_size=4)
+    assert slots.view(8, 2).t().tolist() == [[28, 29, 30, 31, 8, 9, 9, 9], [12] * 8]
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
