@@ -49,15 +49,6 @@ def _online_softmax(scores, scale, values, acc, row_max, row_sum):
 
 
 @triton.jit
-def _cache_offsets(
-    table_ptr, keys, is_visible, block_stride, slot_stride, BLOCK_SIZE: tl.constexpr
-):
-    """Where each key's row is in a layer's [num_blocks, block_size, num_kv_heads, head_dim]."""
-    block_ids = tl.load(table_ptr + keys // BLOCK_SIZE, mask=is_visible, other=0)
-    return block_ids.to(tl.int64) * block_stride + (keys % BLOCK_SIZE) * slot_stride
-
-
-@triton.jit
 def _find_request(cu_seqlens_ptr, num_requests, tile, TILE_Q: tl.constexpr):
     """The request that owns a tile of queries (the mapping of vLLM's Triton kernels).
 
@@ -108,7 +99,6 @@ def _prefill_kernel(
     Requests with a single query are the decode kernel's.
     """
     let_next_start(OVERLAP)
-    wait_for_previous(OVERLAP)
     head = tl.program_id(0)
     kv_head = head // GROUP
     # The last tiles of a prompt see the most keys: started first, they do not end last.
@@ -118,6 +108,7 @@ def _prefill_kernel(
     query_len = tl.load(cu_seqlens_ptr + request + 1) - start
     first_query = (tile - start // TILE_Q - request) * TILE_Q
     if first_query >= query_len or query_len == 1:
+        wait_for_previous(OVERLAP)
         return
     queries = first_query + tl.arange(0, TILE_Q)
     dims = tl.arange(0, DIM_BLOCK)
@@ -128,6 +119,12 @@ def _prefill_kernel(
     v_ptr += start.to(tl.int64) * v_stride + kv_head * HEAD_DIM
     k_cache_ptr += kv_head * HEAD_DIM
     v_cache_ptr += kv_head * HEAD_DIM
+    lanes = tl.arange(0, TILE_K)
+    num_cached = tl.load(seq_lens_ptr + request) - query_len
+    table_ptr = block_tables_ptr + request.to(tl.int64) * table_stride
+    # Read one tile ahead, here and below, so that the loads of keys and values wait for no other.
+    block_ids = tl.load(table_ptr + lanes // BLOCK_SIZE, mask=lanes < num_cached, other=0)
+    wait_for_previous(OVERLAP)
 
     if head % GROUP == 0:
         slots = tl.load(slot_mapping_ptr + start + queries, mask=queries < query_len, other=-1)
@@ -144,21 +141,20 @@ def _prefill_kernel(
     acc = tl.zeros([TILE_Q, DIM_BLOCK], dtype=tl.float32)
     row_max = tl.full([TILE_Q], -float("inf"), dtype=tl.float32)
     row_sum = tl.zeros([TILE_Q], dtype=tl.float32)
-    lanes = tl.arange(0, TILE_K)
 
-    num_cached = tl.load(seq_lens_ptr + request) - query_len
-    table_ptr = block_tables_ptr + request * table_stride
     for first_key in range(0, num_cached, TILE_K):
         keys = first_key + lanes
         is_visible = keys < num_cached
-        offsets = _cache_offsets(
-            table_ptr, keys, is_visible, block_stride, slot_stride, BLOCK_SIZE
-        )[:, None]
+        offsets = block_ids.to(tl.int64) * block_stride + (keys % BLOCK_SIZE) * slot_stride
         mask = is_visible[:, None] & is_dim[None, :]
-        k = tl.load(k_cache_ptr + offsets + dims[None, :], mask=mask, other=0.0)
+        k = tl.load(k_cache_ptr + offsets[:, None] + dims[None, :], mask=mask, other=0.0)
+        v = tl.load(v_cache_ptr + offsets[:, None] + dims[None, :], mask=mask, other=0.0)
+        next_keys = keys + TILE_K
+        block_ids = tl.load(
+            table_ptr + next_keys // BLOCK_SIZE, mask=next_keys < num_cached, other=0
+        )
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = tl.where(is_visible[None, :], scores, -float("inf"))
-        v = tl.load(v_cache_ptr + offsets + dims[None, :], mask=mask, other=0.0)
         acc, row_max, row_sum = _online_softmax(scores, scale, v, acc, row_max, row_sum)
 
     # Keys of this step come from the packed input, not from the cache: contiguous, and no other
@@ -225,27 +221,36 @@ def _decode_kernel(
 ):
     """All query heads of one key/value head of a request's single query, over part of its keys."""
     let_next_start(OVERLAP)
-    wait_for_previous(OVERLAP)
     kv_head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tl.load(cu_seqlens_ptr + request)
     seq_len = tl.load(seq_lens_ptr + request)
     # Longer queries are the prefill kernel's; a row that only pads a captured batch has no keys.
+    # It waits too: the next kernel takes the end of this one for the end of all before.
     if tl.load(cu_seqlens_ptr + request + 1) - token != 1 or seq_len == 0:
+        wait_for_previous(OVERLAP)
         return
     num_cached = seq_len - 1
     split_len = tl.cdiv(tl.cdiv(num_cached, tl.num_programs(1)), TILE_K) * TILE_K
     split_len = tl.maximum(split_len, TILE_K)
     num_splits = tl.maximum(tl.cdiv(num_cached, split_len), 1)
     if split >= num_splits:
+        wait_for_previous(OVERLAP)
         return
     heads = tl.arange(0, GROUP_BLOCK)
     dims = tl.arange(0, DIM_BLOCK)
     is_dim = dims < HEAD_DIM
     is_head = (heads < GROUP)[:, None] & is_dim[None, :]
     head_rows = (kv_head * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
-    q = tl.load(q_ptr + token.to(tl.int64) * q_stride + head_rows, mask=is_head, other=0.0)
     k_cache_ptr += kv_head * HEAD_DIM
     v_cache_ptr += kv_head * HEAD_DIM
+    table_ptr = block_tables_ptr + request.to(tl.int64) * table_stride
+    begin = split * split_len
+    end = tl.minimum(begin + split_len, num_cached)
+    keys = begin + tl.arange(0, TILE_K)
+    # Read one tile ahead, here and below, so that the loads of keys and values wait for no other.
+    block_ids = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < end, other=0)
+    wait_for_previous(OVERLAP)
+    q = tl.load(q_ptr + token.to(tl.int64) * q_stride + head_rows, mask=is_head, other=0.0)
 
     row_max = tl.full([GROUP_BLOCK], -float("inf"), dtype=tl.float32)
     row_sum = tl.zeros([GROUP_BLOCK], dtype=tl.float32)
@@ -263,12 +268,6 @@ def _decode_kernel(
         row_sum += 1.0
         acc += v.to(tl.float32)[None, :]
 
-    table_ptr = block_tables_ptr + request.to(tl.int64) * table_stride
-    begin = split * split_len
-    end = tl.minimum(begin + split_len, num_cached)
-    keys = begin + tl.arange(0, TILE_K)
-    # Read one tile ahead, so that the loads of keys and values wait for no other load.
-    block_ids = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < end, other=0)
     for first_key in tl.range(begin, end, TILE_K, num_stages=NUM_STAGES):
         keys = first_key + tl.arange(0, TILE_K)
         is_visible = keys < end

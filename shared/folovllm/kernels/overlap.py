@@ -3,8 +3,10 @@
 Between two kernels of a stream the device drains, launches and fills again: a microsecond or two,
 as long as many kernels of a decode step take. A kernel that takes part lets the next one start
 as soon as all of its own programs have started, and waits before it touches what an earlier
-kernel wrote. What comes before that wait may read constants only, such as weights: the kernel
-before may itself still be waiting.
+kernel wrote. Before that wait the kernel before may itself still be waiting, and so may the one
+before it: only weights may be read there, and what was written before the last kernel that does
+not take part, which begins when all before it are done. In a step that is the model's first
+kernel, so block tables, lengths, and keys and values of earlier steps are there.
 """
 
 from functools import lru_cache
