@@ -334,11 +334,19 @@ def _prefill_tiles(dim_block: int, dtype: torch.dtype) -> _Tiles:
     return _Tiles(queries=64, keys=64 if dim_block <= 128 else 32, num_warps=4, num_stages=3)
 
 
-def _decode_tiles(dim_block: int, group_block: int, dtype: torch.dtype) -> _Tiles:
+def _part_tiles(dim_block: int, group_block: int, dtype: torch.dtype) -> _Tiles:
+    """Of programs that share a context: a few large tiles."""
     if dtype == torch.float32:
         return _Tiles(queries=group_block, keys=32, num_warps=4, num_stages=1)
     keys = 64 if dim_block <= 128 else 32
     return _Tiles(queries=group_block, keys=keys, num_warps=4, num_stages=2)
+
+
+def _whole_tiles(dim_block: int, group_block: int, dtype: torch.dtype) -> _Tiles:
+    """Of programs with a context each: small ones, so that many of them run at once."""
+    if dtype == torch.float32 or dim_block > 128:
+        return _part_tiles(dim_block, group_block, dtype)
+    return _Tiles(queries=group_block, keys=32, num_warps=2, num_stages=3)
 
 
 class TritonAttention:
@@ -354,7 +362,8 @@ class TritonAttention:
         device, dtype = kv_cache.keys.device, kv_cache.keys.dtype
         self.overlap = overlap_options(device)
         self.prefill_tiles = _prefill_tiles(self.dim_block, dtype)
-        self.decode_tiles = _decode_tiles(self.dim_block, group_block, dtype)
+        self.part_tiles = _part_tiles(self.dim_block, group_block, dtype)
+        self.whole_tiles = _whole_tiles(self.dim_block, group_block, dtype)
         self.num_programs = _PROGRAMS_PER_MULTIPROCESSOR * (
             torch.cuda.get_device_properties(device).multi_processor_count
             if device.type == "cuda"
@@ -441,8 +450,10 @@ class TritonAttention:
         out: torch.Tensor,
     ) -> None:
         keys, values = self.kv_cache.keys[layer_idx], self.kv_cache.values[layer_idx]
-        tiles, num_requests = self.decode_tiles, len(metadata.seq_lens)
-        _decode_kernel[(self.num_kv_heads, self._num_splits(num_requests), num_requests)](
+        num_requests = len(metadata.seq_lens)
+        num_splits = self._num_splits(num_requests)
+        tiles = self.whole_tiles if num_splits == 1 else self.part_tiles
+        _decode_kernel[(self.num_kv_heads, num_splits, num_requests)](
             q,
             k,
             v,

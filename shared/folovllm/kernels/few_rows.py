@@ -6,6 +6,8 @@ split over the inner dimension costs a second launch. Two forms, because the ten
 at least eight columns: one row is a dot product per output, several are small matrix products.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -17,14 +19,8 @@ MAX_ROWS = 16
 """The most rows that were tried: with 16 an 8B model gains nothing any more (milestone 4)."""
 _BLOCK_IN = 1024
 """Inputs that the kernel for one row reads at a time."""
-_BLOCK_OUT = 8
-"""Outputs per program of the kernel for several rows: the columns of one matrix instruction."""
-_PARTS = 4
-"""Warps of that program, each with a part of the inputs."""
-_PART_IN = 128
-"""Inputs of a part at a time."""
-_NUM_STAGES = 3
-"""Tiles of weights on their way from memory while one is computed, plus that one."""
+_BLOCK_OUT = 16
+"""Outputs per program of the kernel for several rows: the rows of one matrix instruction."""
 
 
 @triton.jit
@@ -70,43 +66,36 @@ def _few_rows_kernel(
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """BLOCK_OUT outputs of all rows; each of PARTS warps has a part of the inputs.
-
-    A batch of products x [ROWS, BLOCK_IN] times weights [BLOCK_IN, BLOCK_OUT], one per warp, whose
-    results are added at the end: with one product for all warps every warp would compute all of it.
-    """
+    """BLOCK_OUT outputs of all rows: weights [BLOCK_OUT, inputs] times x transposed."""
     let_next_start(OVERLAP)
-    wait_for_previous(OVERLAP)
     outputs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    wait_for_previous(OVERLAP)
+    inputs = tl.arange(0, BLOCK_IN)
     rows = tl.arange(0, ROWS)
-    is_row = (rows < num_rows)[None, :, None]
-    part_starts = (tl.arange(0, PARTS) * BLOCK_IN)[:, None, None]
-    x_inputs = part_starts + tl.arange(0, BLOCK_IN)[None, None, :]
-    weight_inputs = part_starts + tl.arange(0, BLOCK_IN)[None, :, None]
-    x_ptrs = x_ptr + rows[None, :, None] * num_inputs + x_inputs
-    weight_ptrs = weight_ptr + outputs.to(tl.int64)[None, None, :] * num_inputs + weight_inputs
-    acc = tl.zeros([PARTS, ROWS, BLOCK_OUT], dtype=tl.float32)
-    for first in tl.range(0, num_inputs, PARTS * BLOCK_IN, num_stages=NUM_STAGES):
-        weight = tl.load(weight_ptrs + first, mask=weight_inputs + first < num_inputs, other=0.0)
-        x = tl.load(x_ptrs + first, mask=is_row & (x_inputs + first < num_inputs), other=0.0)
-        acc = tl.dot(x, weight, acc)
-    out = tl.sum(acc, axis=0)
+    is_row = (rows < num_rows)[None, :]
+    acc = tl.zeros([BLOCK_OUT, ROWS], dtype=tl.float32)
+    weight_ptrs = weight_ptr + outputs.to(tl.int64)[:, None] * num_inputs + inputs[None, :]
+    x_ptrs = x_ptr + rows[None, :] * num_inputs + inputs[:, None]
+    for first in tl.range(0, num_inputs, BLOCK_IN, num_stages=NUM_STAGES):
+        weight = tl.load(weight_ptrs + first)
+        x = tl.load(x_ptrs + first, mask=is_row, other=0.0)
+        acc = tl.dot(weight, x, acc)
     if HAS_BIAS:
-        out += tl.load(bias_ptr + outputs).to(tl.float32)[None, :]
-    out_ptrs = out_ptr + rows[:, None] * num_outputs + outputs[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None])
+        acc += tl.load(bias_ptr + outputs).to(tl.float32)[:, None]
+    out_ptrs = out_ptr + rows[None, :] * num_outputs + outputs[:, None]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_row)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """See reference.linear; x is contiguous. Anything but few rows of 16-bit numbers is torch's."""
     num_rows, num_inputs = x.shape
     num_outputs = weight.shape[0]
-    is_aligned = num_outputs % _BLOCK_OUT == 0
+    blocks = _few_rows_blocks(num_inputs)
+    is_aligned = num_outputs % _BLOCK_OUT == num_inputs % blocks.num_inputs == 0
     if x.dtype == torch.float32 or num_rows > MAX_ROWS or (num_rows > 1 and not is_aligned):
         return F.linear(x, weight, bias)
     out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
@@ -132,12 +121,28 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         num_inputs,
         num_outputs,
         HAS_BIAS=bias is not None,
-        ROWS=MAX_ROWS,
+        ROWS=8 if num_rows <= 8 else MAX_ROWS,
         BLOCK_OUT=_BLOCK_OUT,
-        PARTS=_PARTS,
-        BLOCK_IN=_PART_IN,
-        NUM_STAGES=_NUM_STAGES,
-        num_warps=_PARTS,
+        BLOCK_IN=blocks.num_inputs,
+        NUM_STAGES=blocks.num_stages,
+        num_warps=blocks.num_warps,
         **overlap_options(x.device),
     )
     return out
+
+
+class _Blocks(NamedTuple):
+    """How the kernel for several rows cuts its work."""
+
+    num_inputs: int
+    """Inputs at a time."""
+    num_warps: int
+    num_stages: int
+    """Tiles of weights on their way from memory while one is computed, plus that one."""
+
+
+def _few_rows_blocks(num_inputs: int) -> _Blocks:
+    """What was fastest on an H200."""
+    if num_inputs >= 2048 and num_inputs % 512 == 0:
+        return _Blocks(num_inputs=512, num_warps=2, num_stages=3)
+    return _Blocks(num_inputs=256 if num_inputs % 256 == 0 else 64, num_warps=1, num_stages=4)
