@@ -241,16 +241,10 @@ def _decode_kernel(
     is_dim = dims < HEAD_DIM
     is_head = (heads < GROUP)[:, None] & is_dim[None, :]
     head_rows = (kv_head * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
-    k_cache_ptr += kv_head * HEAD_DIM
-    v_cache_ptr += kv_head * HEAD_DIM
-    table_ptr = block_tables_ptr + request.to(tl.int64) * table_stride
-    begin = split * split_len
-    end = tl.minimum(begin + split_len, num_cached)
-    keys = begin + tl.arange(0, TILE_K)
-    # Read one tile ahead, here and below, so that the loads of keys and values wait for no other.
-    block_ids = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < end, other=0)
     wait_for_previous(OVERLAP)
     q = tl.load(q_ptr + token.to(tl.int64) * q_stride + head_rows, mask=is_head, other=0.0)
+    k_cache_ptr += kv_head * HEAD_DIM
+    v_cache_ptr += kv_head * HEAD_DIM
 
     row_max = tl.full([GROUP_BLOCK], -float("inf"), dtype=tl.float32)
     row_sum = tl.zeros([GROUP_BLOCK], dtype=tl.float32)
@@ -268,6 +262,13 @@ def _decode_kernel(
         row_sum += 1.0
         acc += v.to(tl.float32)[None, :]
 
+    table_ptr = block_tables_ptr + request.to(tl.int64) * table_stride
+    begin = split * split_len
+    end = tl.minimum(begin + split_len, num_cached)
+    keys = begin + tl.arange(0, TILE_K)
+    # Read one tile ahead, here and below, so that the loads of keys and values wait for no other.
+    # (Before the wait as well, it made the compiler take fewer registers, and the loop slower.)
+    block_ids = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < end, other=0)
     for first_key in tl.range(begin, end, TILE_K, num_stages=NUM_STAGES):
         keys = first_key + tl.arange(0, TILE_K)
         is_visible = keys < end
@@ -334,19 +335,11 @@ def _prefill_tiles(dim_block: int, dtype: torch.dtype) -> _Tiles:
     return _Tiles(queries=64, keys=64 if dim_block <= 128 else 32, num_warps=4, num_stages=3)
 
 
-def _part_tiles(dim_block: int, group_block: int, dtype: torch.dtype) -> _Tiles:
-    """Of programs that share a context: a few large tiles."""
+def _decode_tiles(dim_block: int, group_block: int, dtype: torch.dtype) -> _Tiles:
     if dtype == torch.float32:
         return _Tiles(queries=group_block, keys=32, num_warps=4, num_stages=1)
     keys = 64 if dim_block <= 128 else 32
     return _Tiles(queries=group_block, keys=keys, num_warps=4, num_stages=2)
-
-
-def _whole_tiles(dim_block: int, group_block: int, dtype: torch.dtype) -> _Tiles:
-    """Of programs with a context each: small ones, so that many of them run at once."""
-    if dtype == torch.float32 or dim_block > 128:
-        return _part_tiles(dim_block, group_block, dtype)
-    return _Tiles(queries=group_block, keys=32, num_warps=2, num_stages=3)
 
 
 class TritonAttention:
@@ -362,8 +355,7 @@ class TritonAttention:
         device, dtype = kv_cache.keys.device, kv_cache.keys.dtype
         self.overlap = overlap_options(device)
         self.prefill_tiles = _prefill_tiles(self.dim_block, dtype)
-        self.part_tiles = _part_tiles(self.dim_block, group_block, dtype)
-        self.whole_tiles = _whole_tiles(self.dim_block, group_block, dtype)
+        self.decode_tiles = _decode_tiles(self.dim_block, group_block, dtype)
         self.num_programs = _PROGRAMS_PER_MULTIPROCESSOR * (
             torch.cuda.get_device_properties(device).multi_processor_count
             if device.type == "cuda"
@@ -450,10 +442,8 @@ class TritonAttention:
         out: torch.Tensor,
     ) -> None:
         keys, values = self.kv_cache.keys[layer_idx], self.kv_cache.values[layer_idx]
-        num_requests = len(metadata.seq_lens)
-        num_splits = self._num_splits(num_requests)
-        tiles = self.whole_tiles if num_splits == 1 else self.part_tiles
-        _decode_kernel[(self.num_kv_heads, num_splits, num_requests)](
+        tiles, num_requests = self.decode_tiles, len(metadata.seq_lens)
+        _decode_kernel[(self.num_kv_heads, self._num_splits(num_requests), num_requests)](
             q,
             k,
             v,
