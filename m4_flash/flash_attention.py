@@ -225,7 +225,8 @@ def _decode_kernel(
     token = tl.load(cu_seqlens_ptr + request)
     seq_len = tl.load(seq_lens_ptr + request)
     # Longer queries are the prefill kernel's; a row that only pads a captured batch has no keys.
-    # It waits too: the next kernel takes the end of this one for the end of all before.
+    # Such a program waits all the same: the end of this kernel tells the next that all before it
+    # have ended.
     if tl.load(cu_seqlens_ptr + request + 1) - token != 1 or seq_len == 0:
         wait_for_previous(OVERLAP)
         return
@@ -267,7 +268,8 @@ def _decode_kernel(
     end = tl.minimum(begin + split_len, num_cached)
     keys = begin + tl.arange(0, TILE_K)
     # Read one tile ahead, here and below, so that the loads of keys and values wait for no other.
-    # (Before the wait as well, it made the compiler take fewer registers, and the loop slower.)
+    # The first of them could be loaded before the wait, but then the compiler takes fewer
+    # registers and the loop is slower (docs/dev/milestone_4.md).
     block_ids = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < end, other=0)
     for first_key in tl.range(begin, end, TILE_K, num_stages=NUM_STAGES):
         keys = first_key + tl.arange(0, TILE_K)

@@ -34,6 +34,8 @@ def test_slots_follow_the_table_and_padding_repeats_the_last_token() -> None:
     tables, seq_lens = torch.tensor([[7, 2], [3, 0]]), torch.tensor([6, 1])
     slots = find_context_slots(tables, seq_lens, padded_seq_len=8, block_size=4)
     assert slots.view(8, 2).t().tolist() == [[28, 29, 30, 31, 8, 9, 9, 9], [12] * 8]
+    slots = find_context_slots(tables, torch.tensor([6, 2]), padded_seq_len=6, block_size=4)
+    assert slots.tolist() == [28, 12, 29, 13, 30, 13, 31, 13, 8, 13, 9, 13]
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])

@@ -36,6 +36,7 @@ EDGE_SHARES = [
     [(7, 1), (0, 1), (15, 1), (16, 1), (47, 1), (63, 1), (64, 1)],
     [(3, 5), (16, 16), (0, 33), (31, 1), (1, 2)],
     [(0, 130), (40, 1), (70, 3)],
+    [(64, 5), (128, 2), (96, 40)],
 ]
 """Lists of (tokens in the cache, tokens of this step) per request."""
 
@@ -140,7 +141,7 @@ def test_attention_equals_reference_for_every_grouping_of_heads(num_heads, num_k
 
 @pytest.mark.parametrize("block_size", [1, 7, 32, 256])
 def test_attention_equals_reference_for_every_block_size(block_size) -> None:
-    check([(40, 1), (9, 4), (0, 18)], 4, 2, 16, block_size, torch.float32)
+    check([(40, 1), (9, 4), (0, 18), (70, 3)], 4, 2, 16, block_size, torch.float32)
 
 
 @pytest.mark.parametrize("context_len", [31, 32, 33, 64, 65, 500])

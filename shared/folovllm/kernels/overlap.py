@@ -5,8 +5,9 @@ as long as many kernels of a decode step take. A kernel that takes part lets the
 as soon as all of its own programs have started, and waits before it touches what an earlier
 kernel wrote. Before that wait the kernel before may itself still be waiting, and so may the one
 before it: only weights may be read there, and what was written before the last kernel that does
-not take part, which begins when all before it are done. In a step that is the model's first
-kernel, so block tables, lengths, and keys and values of earlier steps are there.
+not take part, which begins when all before it are done. In a step that is at earliest the
+model's fill with zeros before its first layer, and with many rows a product of the library:
+block tables, lengths, and keys and values of earlier steps are older than either.
 """
 
 from functools import lru_cache
