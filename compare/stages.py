@@ -19,9 +19,9 @@ class Stage:
     module: str
     """What `python -m` gets."""
     options: frozenset[str]
+    """Names of the fields of its EngineConfig; nothing else is passed to it."""
     switches: frozenset[str] = frozenset()
     """Those of the options that are on or off and take no value."""
-    """Names of the fields of its EngineConfig; nothing else is passed to it."""
     is_peer: bool
     """A peer is measured for comparison and stands below the ladder."""
 

@@ -12,8 +12,8 @@ HOST_FILES = frozenset(
     {"config.py", "scheduler.py", "kv_cache_manager.py", "block_pool.py", "prefix_cache.py"}
 )
 """Host bookkeeping: no torch, so that it is tested on any machine in milliseconds."""
-_THIRD_PARTY = ("folovllm", "torch", "numpy", "triton", "flash_attn", "flash_attn_interface")
-_STAGE_MAY_IMPORT = frozenset(_THIRD_PARTY) | sys.stdlib_module_names
+_PACKAGES = ("folovllm", "torch", "numpy", "triton", "flash_attn", "flash_attn_interface")
+_STAGE_MAY_IMPORT = frozenset(_PACKAGES) | sys.stdlib_module_names
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _stage_problems(folder: Path) -> list[str]:
             elif one.level == 0 and one.package not in _STAGE_MAY_IMPORT:
                 problems.append(
                     f"{where} imports {one.module}; a stage may import its own files (relatively), "
-                    f"{', '.join(_THIRD_PARTY)} and the standard library"
+                    f"{', '.join(_PACKAGES)} and the standard library"
                 )
         if name in HOST_FILES and (chain := _way_to_torch(name, imports, ())):
             problems.append(

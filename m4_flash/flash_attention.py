@@ -225,8 +225,6 @@ def _decode_kernel(
     token = tl.load(cu_seqlens_ptr + request)
     seq_len = tl.load(seq_lens_ptr + request)
     # Longer queries are the prefill kernel's; a row that only pads a captured batch has no keys.
-    # Such a program waits all the same: the end of this kernel tells the next that all before it
-    # have ended.
     if tl.load(cu_seqlens_ptr + request + 1) - token != 1 or seq_len == 0:
         wait_for_previous(OVERLAP)
         return

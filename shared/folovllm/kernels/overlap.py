@@ -26,7 +26,11 @@ def let_next_start(OVERLAP: tl.constexpr):
 
 @triton.jit
 def wait_for_previous(OVERLAP: tl.constexpr):
-    """Return when every earlier kernel of the stream is done and what it wrote can be read."""
+    """Return when every earlier kernel of the stream is done and what it wrote can be read.
+
+    No program may end without it, not even one that finds nothing to do: the end of its kernel
+    tells the next one that all before have ended.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
 
