@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from folovllm.profile_report import format_profile
+from folovllm.profiling.report import format_profile
 
 DATA_FOLDER = Path("docs/dev/data")
 KEY = "data"

@@ -1,45 +1,43 @@
 """Which package may import which, so that stages stand alone and bookkeeping needs no torch."""
 
-import ast
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
+from .code_lines import count_code_lines
+from .import_graph import (
+    Module,
+    import_circles,
+    imported_modules,
+    read_imports,
+    read_package,
+    way_to_torch,
+)
 from .stages import is_stage_name, stage_files
 
 HOST_FILES = frozenset(
     {"config.py", "scheduler.py", "kv_cache_manager.py", "block_pool.py", "prefix_cache.py"}
 )
 """Host bookkeeping: no torch, so that it is tested on any machine in milliseconds."""
+ROOM_LEVELS = (
+    frozenset({"kernels", "text", "workloads"}),
+    frozenset({"model", "sampling"}),
+    frozenset({"bench", "entrypoints", "profiling"}),
+    frozenset({"cli", "testing"}),
+)
+"""The folders of shared/folovllm from the ground up: a room imports only rooms of lower levels, and
+the files beside the rooms, which import none. `data` holds no code."""
 _PACKAGES = ("folovllm", "torch", "numpy", "triton", "flash_attn", "flash_attn_interface")
 _STAGE_MAY_IMPORT = frozenset(_PACKAGES) | sys.stdlib_module_names
 
 
-@dataclass(frozen=True)
-class Import:
-    """One imported module, as written in a file."""
-
-    module: str
-    """Absolute name, or "" and a level for `from . import x`."""
-    level: int
-    """Leading dots; 0 is absolute."""
-    line: int
-    names: tuple[str, ...]
-    """What `from … import` takes; a submodule is such a name too."""
-    at_run_time: bool
-    """False under `if TYPE_CHECKING`."""
-
-    @property
-    def package(self) -> str:
-        return self.module.partition(".")[0]
-
-
 def import_problems(root: Path, stages: list[str]) -> list[str]:
     """Every broken rule in the packages under `root`, one line each."""
-    problems = []
+    folder = root / "shared" / "folovllm"
+    shared = read_package(folder, stage_files(folder)) if folder.is_dir() else {}
+    problems = _room_problems(root, shared)
     for stage in stages:
-        problems += _stage_problems(root / stage)
+        problems += _stage_problems(root / stage, shared)
     for package, kept_out in (("shared", {"m0_infra", "compare"}), ("compare", set[str]())):
         for path in sorted((root / package).rglob("*.py")):
             if not {"build", ".venv"}.isdisjoint(path.relative_to(root).parts):
@@ -53,44 +51,33 @@ def import_problems(root: Path, stages: list[str]) -> list[str]:
     return problems
 
 
-def read_imports(path: Path) -> list[Import]:
-    """All imports of a file, wherever they stand, and `import_module("a literal name")`."""
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    type_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-        for statement in node.body
-        for inner in ast.walk(statement)
-    }
-    return [
-        Import(module, level, node.lineno, names, id(node) not in type_only)
-        for node in ast.walk(tree)
-        for module, level, names in _modules_of(node)
-        if isinstance(node, ast.stmt | ast.expr)
-    ]
+def _room_problems(root: Path, shared: Mapping[str, Module]) -> list[str]:
+    problems = [f"circle of imports: {' -> '.join(circle)}" for circle in import_circles(shared)]
+    levels = {room: level for level, rooms in enumerate(ROOM_LEVELS) for room in rooms}
+    for module in shared.values():
+        path = module.path.relative_to(root)
+        if module.room is not None and module.room not in levels:
+            problems.append(f"{path} is in a room without a level; add it to ROOM_LEVELS")
+            continue
+        if path.name == "__init__.py" and count_code_lines(module.path.read_text(encoding="utf-8")):
+            problems.append(f"{path} holds code; importing one file of a room must load no other")
+        own_level = -1 if module.room is None else levels[module.room]
+        for target in imported_modules(module, shared):
+            room = shared[target].room
+            if room not in (None, module.room) and levels.get(room, 0) >= own_level:
+                problems.append(
+                    f"{path} imports {target}, which is not below it: the order of the rooms is "
+                    f"{' < '.join('/'.join(sorted(rooms)) for rooms in ROOM_LEVELS)}"
+                )
+    return problems
 
 
-def _modules_of(node: ast.AST) -> Iterator[tuple[str, int, tuple[str, ...]]]:
-    match node:
-        case ast.Import(names=aliases):
-            for alias in aliases:
-                yield alias.name, 0, ()
-        case ast.ImportFrom(module=module, level=level, names=aliases):
-            yield module or "", level, tuple(alias.name for alias in aliases)
-        case ast.Call(
-            func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__"),
-            args=[ast.Constant(value=str(name)), *_],
-        ):
-            yield name.lstrip("."), len(name) - len(name.lstrip(".")), ()
-
-
-def _stage_problems(folder: Path) -> list[str]:
+def _stage_problems(folder: Path, shared: Mapping[str, Module]) -> list[str]:
     problems = []
-    files = {name: path for name, path in stage_files(folder).items() if name.endswith(".py")}
-    imports = {name: read_imports(path) for name, path in files.items()}
-    for name, found in imports.items():
-        for one in found:
+    modules = read_package(folder, stage_files(folder))
+    for module in modules.values():
+        name = module.path.relative_to(folder).as_posix()
+        for one in module.imports:
             where = f"{folder.name}/{name}:{one.line}"
             if one.level > name.count("/") + 1:
                 problems.append(f"{where} imports from outside of its folder")
@@ -104,30 +91,10 @@ def _stage_problems(folder: Path) -> list[str]:
                     f"{where} imports {one.module}; a stage may import its own files (relatively), "
                     f"{', '.join(_PACKAGES)} and the standard library"
                 )
-        if name in HOST_FILES and (chain := _way_to_torch(name, imports, ())):
+        if name in HOST_FILES and (way := way_to_torch(module, {**shared, **modules})):
             problems.append(
-                f"{folder.name}/{name} imports torch ({' -> '.join(chain)}); host bookkeeping must "
+                f"{folder.name}/{name} imports torch ({' -> '.join(way)}); host bookkeeping must "
                 f"not: keep tensors in kv_cache.py, attention.py or model_runner.py"
             )
-    return problems
-
-
-def _way_to_torch(
-    name: str, imports: Mapping[str, list[Import]], seen: tuple[str, ...]
-) -> tuple[str, ...]:
-    """The files through which `name` imports torch, ending in "torch"; empty if it does not."""
-    here = (*seen, name)
-    for one in imports[name]:
-        if not one.at_run_time:
-            continue
-        if one.level == 0:
-            if one.package == "torch":
-                return (*here, "torch")
-            continue
-        modules = [one.module] if one.module else list(one.names)
-        for file in (f"{module.replace('.', '/')}.py" for module in modules):
-            if file not in imports or file in here:
-                continue
-            if chain := _way_to_torch(file, imports, here):
-                return chain
-    return ()
+    circles = import_circles(modules)
+    return problems + [f"circle of imports: {' -> '.join(circle)}" for circle in circles]

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from folovllm.model import kv_bytes_per_token, resolve_model_directory
+from folovllm.model.config import kv_bytes_per_token
+from folovllm.model.loader import resolve_model_directory
 
 from .parity_engine import ForcedSampler, make_requests, run_engine
 from .parity_reference import (
@@ -187,7 +188,7 @@ def _import_stage(name: str) -> Any:
 
 def _start(stage: Any, options: ParityOptions, max_model_len: int) -> Any:
     """The stage's LLM, with a KV cache that does not hold all requests at once."""
-    from folovllm.model import ModelConfig
+    from folovllm.model.config import ModelConfig
 
     config = ModelConfig.from_directory(resolve_model_directory(options.model))
     token_bytes = kv_bytes_per_token(config, getattr(torch, options.dtype))

@@ -2,7 +2,8 @@
 
 import torch
 
-from folovllm.model import CausalLM, kv_bytes_per_token
+from folovllm.model.config import kv_bytes_per_token
+from folovllm.model.transformer import CausalLM
 
 from .config import EngineConfig
 

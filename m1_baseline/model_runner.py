@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from folovllm.interfaces import SamplerOutput
-from folovllm.model import CausalLM
-from folovllm.sampling import Sampler
+from folovllm.model.transformer import CausalLM
+from folovllm.sampling.sampler import Sampler
 from folovllm.transfer import upload
 
 from .attention import Attention

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from folovllm.kernels import Kernels
+from folovllm.kernels.selection import Kernels
 
 from .kv_cache import KVCache
 

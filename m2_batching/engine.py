@@ -1,7 +1,7 @@
 """The engine loop: schedule, execute, update."""
 
 from folovllm.interfaces import StepOutput
-from folovllm.model import CausalLM
+from folovllm.model.transformer import CausalLM
 from folovllm.request import Request
 
 from .config import EngineConfig

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from folovllm.model import CausalLM, kv_bytes_per_token
+from folovllm.model.config import kv_bytes_per_token
+from folovllm.model.transformer import CausalLM
 from folovllm.transfer import upload
 
 from .config import EngineConfig

@@ -7,10 +7,12 @@ import numpy as np
 import torch
 
 from folovllm.interfaces import SamplerOutput
-from folovllm.memory import profile_kv_cache_bytes, run_largest_sampling
-from folovllm.model import CausalLM, kv_bytes_per_token
+from folovllm.memory import profile_kv_cache_bytes
+from folovllm.model.config import kv_bytes_per_token
+from folovllm.model.transformer import CausalLM
 from folovllm.request import Request, SamplingParams
-from folovllm.sampling import Sampler
+from folovllm.sampling.largest_batch import run_largest_sampling
+from folovllm.sampling.sampler import Sampler
 from folovllm.transfer import upload
 
 from .attention import Attention, AttentionMetadata, find_context_slots

@@ -1,6 +1,6 @@
 """The command line of this stage: `generate`, `chat`, `bench`, `profile`."""
 
-from folovllm.cli import main
+from folovllm.cli.main import main
 
 from . import LLM
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from folovllm.kernels import reference
-from folovllm.model import CausalLM
+from folovllm.model.transformer import CausalLM
 
 from .config import AttentionBackend, EngineConfig
 from .kv_cache import KVCache

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from folovllm.sampling_tensors import Noise
+from folovllm.sampling.tensors import Noise
 from folovllm.transfer import aligned_offsets
 
 from .input_batch import HostBatch, InputBatch

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from folovllm.kernels import select_kernels
+from folovllm.kernels.selection import select_kernels
 
 from .attention import Attention, AttentionMetadata
 from .config import EngineConfig

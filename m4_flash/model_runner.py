@@ -8,11 +8,13 @@ import torch
 
 from folovllm.interfaces import SamplerOutput
 from folovllm.kernels.random import select_choose_tokens
-from folovllm.memory import profile_kv_cache_bytes, run_largest_sampling
-from folovllm.model import CausalLM, kv_bytes_per_token
+from folovllm.memory import profile_kv_cache_bytes
+from folovllm.model.config import kv_bytes_per_token
+from folovllm.model.transformer import CausalLM
 from folovllm.request import Request, SamplingParams
-from folovllm.sampling import SampledTokens, Sampler
-from folovllm.sampling_tensors import Noise
+from folovllm.sampling.largest_batch import run_largest_sampling
+from folovllm.sampling.sampler import SampledTokens, Sampler
+from folovllm.sampling.tensors import Noise
 from folovllm.transfer import upload
 
 from .attention import AttentionMetadata, TorchAttention, select_attention

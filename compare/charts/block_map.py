@@ -11,7 +11,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from folovllm.block_map import FREE, SHARED, BlockMap, unpack_block_map
+from folovllm.bench.block_map import FREE, SHARED, BlockMap, unpack_block_map
 
 from ..formatting import percent
 from ..results import Result, lookup

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from folovllm.model import kv_bytes_per_token, load_model
+from folovllm.model.config import kv_bytes_per_token
+from folovllm.model.loader import load_model
 from folovllm.request import Request, SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from folovllm.detokenizer import IncrementalDetokenizer
 from folovllm.request import SamplingParams
 from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer
-from folovllm.tokenizer import Tokenizer
-from folovllm.workloads import read_prompts
+from folovllm.text.detokenizer import IncrementalDetokenizer
+from folovllm.text.tokenizer import Tokenizer
+from folovllm.workloads.workload import read_prompts
 
 NUM_TOKENS = 1000
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from folovllm.request import Request, SamplingParams
-from folovllm.sampling import Sampler
+from folovllm.sampling.sampler import Sampler
 
 BATCH_SIZE = 256
 VOCAB_SIZE = 4096

@@ -12,8 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from folovllm.llm import DEFAULT_MODEL
-from folovllm.model import CausalLM, ModelConfig, load_model, resolve_model_directory
+from folovllm.entrypoints.llm import DEFAULT_MODEL
+from folovllm.model.config import ModelConfig
+from folovllm.model.loader import load_model, resolve_model_directory
+from folovllm.model.transformer import CausalLM
 from folovllm.model.weights import published_tensors
 
 

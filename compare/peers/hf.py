@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from folovllm.interfaces import StepOutput, StepStats, TokenLogprobs, TokenOutput
-from folovllm.model import ModelConfig, resolve_device
-from folovllm.model.loader import resolve_dtype
+from folovllm.model.config import ModelConfig
+from folovllm.model.loader import resolve_device, resolve_dtype
 from folovllm.request import Request
 
 from .checkpoint import checkpoint

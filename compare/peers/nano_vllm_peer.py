@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from folovllm.interfaces import StepOutput, TokenLogprobs
-from folovllm.model import ModelConfig, resolve_device
-from folovllm.model.loader import resolve_dtype
+from folovllm.model.config import ModelConfig
+from folovllm.model.loader import resolve_device, resolve_dtype
 from folovllm.request import Request
 
 from .batch_progress import BatchProgress

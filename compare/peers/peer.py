@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 import torch
 
-from folovllm.bench import run_benchmark
-from folovllm.cli_options import add_field_flags, given_fields
+from folovllm.bench.benchmark import run_benchmark
+from folovllm.cli.options import add_field_flags, given_fields
 from folovllm.interfaces import Engine
-from folovllm.model import ModelConfig, kv_bytes_per_token
+from folovllm.model.config import ModelConfig, kv_bytes_per_token
 from folovllm.request import Request
-from folovllm.tokenizer import Tokenizer
-from folovllm.workloads import make_workload
+from folovllm.text.tokenizer import Tokenizer
+from folovllm.workloads.workload import make_workload
 
 from ..results import write_json
 from ..runner import EXIT_NOT_INSTALLED

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from folovllm.block_map import FREE, SHARED, BlockMap, pack_block_map
+from folovllm.bench.block_map import FREE, SHARED, BlockMap, pack_block_map
 
 
 def make_run(

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 from compare.peers import nano_vllm_peer, vllm_peer  # noqa: E402
 from compare.peers.peer import PeerModel  # noqa: E402
-from folovllm.model import ModelConfig  # noqa: E402
+from folovllm.model.config import ModelConfig  # noqa: E402
 from folovllm.request import Request, SamplingParams  # noqa: E402
 
 FACTS = PeerModel(

@@ -14,7 +14,8 @@ from compare.peers.checkpoint import (  # noqa: E402
     save_checkpoint,
 )
 from compare.peers.peer import main, require_benchmark_request  # noqa: E402
-from folovllm.model import ModelConfig, load_model  # noqa: E402
+from folovllm.model.config import ModelConfig  # noqa: E402
+from folovllm.model.loader import load_model  # noqa: E402
 from folovllm.request import Request, SamplingParams  # noqa: E402
 
 

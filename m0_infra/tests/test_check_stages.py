@@ -97,11 +97,11 @@ def test_stage_without_folder_is_not_checked_and_undeclared_folder_is_found(chec
         ("m1_one/other.py", "def f():\n    import m0_infra\n", "m1_one/other.py:2 imports m0"),
         ("m1_one/config.py", "import torch\n", "config.py -> torch"),
         ("m1_one/block_pool.py", "from torch import nn\n", "block_pool.py -> torch"),
-        ("shared/folovllm/llm.py", "import m1_one\n", "llm.py:1 imports m1_one"),
-        ("shared/folovllm/llm.py", "import compare.runner\n", "imports compare.runner"),
+        ("shared/folovllm/entrypoints/llm.py", "import m1_one\n", "llm.py:1 imports m1_one"),
+        ("shared/folovllm/entrypoints/llm.py", "import compare.runner\n", "imports compare.runner"),
         ("shared/tests/test_llm.py", "from m0_infra import fetch\n", "imports m0_infra"),
         (
-            "shared/folovllm/llm.py",
+            "shared/folovllm/entrypoints/llm.py",
             "import importlib\nimportlib.import_module('m2_two.engine')\n",
             "llm.py:2 imports m2_two.engine",
         ),
@@ -137,7 +137,7 @@ def test_allowed_imports_pass(checkout):
             "import heapq\n",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .runner import x\n",
         )
-    checkout.write("shared/folovllm/bench.py", "import torch, transformers\n")
+    checkout.write("shared/folovllm/bench/benchmark.py", "import torch, transformers\n")
     assert problems(checkout) == ()
 
 

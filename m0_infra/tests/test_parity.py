@@ -10,7 +10,7 @@ import torch
 
 from folovllm.interfaces import SamplerOutput
 from folovllm.request import Request, SamplingParams
-from folovllm.sampling import Sampler
+from folovllm.sampling.sampler import Sampler
 from folovllm.testing.forced_sampler import ForcedSampler as ForcedTokensSampler
 from m0_infra.cli import main
 from m0_infra.parity import compare_engine, compare_tokens, compute_references

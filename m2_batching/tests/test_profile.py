@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from folovllm.cli import main
+from folovllm.cli.main import main
 from folovllm.testing.toy_models import toy_families, write_toy_model
 from m2_batching import LLM
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from folovllm.beam_search import BeamSearchParams
+from folovllm.entrypoints.beam_search import BeamSearchParams
 from folovllm.testing.driver import check_idle, random_prompts
 from folovllm.testing.toy_models import reference_greedy, toy_families, write_toy_model
 from m3_paged import LLM

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from folovllm.model import CausalLM, kv_bytes_per_token, load_model
+from folovllm.model.config import kv_bytes_per_token
+from folovllm.model.loader import load_model
+from folovllm.model.transformer import CausalLM
 from folovllm.request import SamplingParams
 from folovllm.testing.driver import drain, make_requests, random_prompts
 from folovllm.testing.toy_models import toy_families, write_toy_model

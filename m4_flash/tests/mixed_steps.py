@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from folovllm.kernels.reference import causal_attention
-from folovllm.model import CausalLM, kv_bytes_per_token
+from folovllm.model.config import kv_bytes_per_token
+from folovllm.model.transformer import CausalLM
 from folovllm.request import SamplingParams
 from folovllm.testing.driver import make_requests
 from m4_flash.attention import Attention, AttentionMetadata

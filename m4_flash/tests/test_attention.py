@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from folovllm.model import load_model
+from folovllm.model.loader import load_model
 from folovllm.testing.toy_models import toy_families, write_toy_model
 from m4_flash.attention import TorchAttention, select_attention
 from m4_flash.config import AttentionBackend, EngineConfig, PreemptionMode

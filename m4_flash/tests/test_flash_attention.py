@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from folovllm.kernels.reference import causal_attention
-from folovllm.model import load_model
+from folovllm.model.loader import load_model
 from folovllm.request import SamplingParams
 from folovllm.testing.driver import drain, make_requests, random_prompts
 from folovllm.testing.engine_contract import toy_directory, toy_model

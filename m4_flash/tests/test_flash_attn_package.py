@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from folovllm.kernels.reference import causal_attention
-from folovllm.model import load_model
+from folovllm.model.loader import load_model
 from folovllm.testing.toy_models import toy_families, write_toy_model
 from m4_flash.attention import select_attention
 from m4_flash.config import AttentionBackend, EngineConfig

@@ -6,9 +6,6 @@ from contextlib import contextmanager
 
 import torch
 
-from .request import Request, SamplingParams
-from .sampling import Sampler
-
 _CPU_FRACTION = 0.125
 """Of the free host memory: it is shared with other programs, and a CPU is too slow to fill more."""
 
@@ -40,21 +37,6 @@ def profile_kv_cache_bytes(
             f"max_num_batched_tokens or max_model_len"
         )
     return left
-
-
-def run_largest_sampling(sampler: Sampler, num_rows: int, dtype: torch.dtype) -> None:
-    """Sample `num_rows` rows of random logits by the rules that take the most memory.
-
-    Sorting a large vocabulary for top_p takes several times the logits themselves, so a cache
-    sized without it would leave no room for the first batch that asks.
-    """
-    params = SamplingParams(max_tokens=2, top_p=0.9, repetition_penalty=1.1, logprobs=8)
-    requests = [
-        Request(request_id=f"profile-{row}", prompt_token_ids=[0], sampling_params=params)
-        for row in range(num_rows)
-    ]
-    logits = torch.randn(num_rows, sampler.vocab_size, device=sampler.device).to(dtype)
-    sampler.sample(logits, sampler.prepare(requests)).to_host()
 
 
 @contextmanager

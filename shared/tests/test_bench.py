@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from folovllm import bench_probes
-from folovllm.bench import run_benchmark
-from folovllm.bench_blocks import block_section
-from folovllm.bench_probes import (
+from folovllm.bench import probes as bench_probes
+from folovllm.bench.benchmark import run_benchmark
+from folovllm.bench.block_map import FREE, unpack_block_map
+from folovllm.bench.blocks import block_section
+from folovllm.bench.metrics import StepWork
+from folovllm.bench.probes import (
     GpuUtilisation,
     HostTimers,
     SystemClock,
@@ -21,14 +23,12 @@ from folovllm.bench_probes import (
     peak_memory_bytes,
     reset_peak_memory,
 )
-from folovllm.bench_recorder import RequestRecord, RunRecord
-from folovllm.bench_report import check_record, step_works
-from folovllm.block_map import FREE, unpack_block_map
+from folovllm.bench.recorder import RequestRecord, RunRecord
+from folovllm.bench.report import check_record, step_works
 from folovllm.hardware import Ceilings
 from folovllm.interfaces import StepOutput, StepStats, TokenLogprobs, TokenOutput
-from folovllm.metrics import StepWork
 from folovllm.request import FinishReason
-from folovllm.workloads import Workload, WorkloadRequest
+from folovllm.workloads.workload import Workload, WorkloadRequest
 
 SCHEDULE_S, PREPARE_S, FORWARD_S, UPDATE_S = 0.001, 0.002, 1.0, 0.004
 STEP_S = SCHEDULE_S + PREPARE_S + FORWARD_S + UPDATE_S

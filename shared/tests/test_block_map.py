@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from folovllm import block_map
-from folovllm.block_map import (
+from folovllm.bench import block_map
+from folovllm.bench.block_map import (
     FREE,
     MAX_PACKED_BYTES,
     MAX_SAMPLES,

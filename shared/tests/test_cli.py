@@ -6,11 +6,12 @@ from dataclasses import dataclass, fields
 
 import pytest
 
-from folovllm import SamplingParams
-from folovllm.cli import main
-from folovllm.cli_bench import format_summary, write_json_atomically
-from folovllm.cli_options import add_field_flags, field_docstrings
-from folovllm.engine_options import parse_size
+from folovllm.bench.summary import format_summary
+from folovllm.cli.main import main
+from folovllm.cli.options import add_field_flags, field_docstrings
+from folovllm.entrypoints.engine_options import parse_size
+from folovllm.json_files import write_json_atomically
+from folovllm.request import SamplingParams
 from folovllm.testing.scripted_engine import (
     ScriptedConfig,
     ScriptedLLM,
@@ -19,7 +20,7 @@ from folovllm.testing.scripted_engine import (
     ScriptedPolicy,
 )
 from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer
-from folovllm.tokenizer import Tokenizer
+from folovllm.text.tokenizer import Tokenizer
 
 ANSWER = "The dog naps. 世界!"
 
@@ -52,7 +53,7 @@ def run(monkeypatch, capsys, toy_path):
     run_command.made = []
     config = ScriptedModelConfig(tokenizer.vocab_size, 512, frozenset((1,)))
     model = ScriptedModel(config, lambda request: answer)
-    monkeypatch.setattr("folovllm.llm.load_model", lambda *args, **kwargs: model)
+    monkeypatch.setattr("folovllm.entrypoints.llm.load_model", lambda *args, **kwargs: model)
     return run_command
 
 
@@ -350,7 +351,7 @@ def benchmark_calls(monkeypatch):
         calls.append((llm, workload, kwargs))
         return RESULT
 
-    monkeypatch.setattr("folovllm.bench.run_benchmark", run_benchmark)
+    monkeypatch.setattr("folovllm.bench.benchmark.run_benchmark", run_benchmark)
     return calls
 
 

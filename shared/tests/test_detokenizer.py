@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folovllm import SamplingParams
-from folovllm.detokenizer import IncrementalDetokenizer
+from folovllm.request import SamplingParams
 from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer, save_metaspace_tokenizer
-from folovllm.tokenizer import Tokenizer
+from folovllm.text.detokenizer import IncrementalDetokenizer
+from folovllm.text.tokenizer import Tokenizer
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
 TEXTS = [

@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from folovllm.kernels import reference, select_kernels
+from folovllm.kernels import reference
+from folovllm.kernels.selection import select_kernels
 
 pytest.importorskip("triton")
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from folovllm import CompletionOutput, SamplingParams
-from folovllm.llm import LLM
+from folovllm.entrypoints.llm import LLM
+from folovllm.entrypoints.outputs import CompletionOutput
+from folovllm.request import SamplingParams
 from folovllm.testing.scripted_engine import (
     ScriptedLLM,
     ScriptedModel,
@@ -15,7 +16,7 @@ from folovllm.testing.scripted_engine import (
     ScriptedPolicy,
 )
 from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer
-from folovllm.tokenizer import Tokenizer
+from folovllm.text.tokenizer import Tokenizer
 
 ANSWER = "The dog naps. 世界! STOP here"
 EOS = 1
@@ -40,7 +41,7 @@ def make_llm(monkeypatch, tokenizer, tokenizer_path):
         answer_of = answer if callable(answer) else lambda request: answer
         config = ScriptedModelConfig(tokenizer.vocab_size, max_positions, frozenset(eos))
         model = ScriptedModel(config, answer_of)
-        monkeypatch.setattr("folovllm.llm.load_model", lambda *args, **kwargs: model)
+        monkeypatch.setattr("folovllm.entrypoints.llm.load_model", lambda *args, **kwargs: model)
         named = {"tokenizer": tokenizer_path} if with_tokenizer else {}
         return ScriptedLLM("toy", load_format="dummy", **named, **options)
 
@@ -491,7 +492,7 @@ def test_missing_embedded_model_says_how_to_fetch_it(tmp_path, monkeypatch):
 
 
 def test_name_that_can_be_no_model_is_refused_before_the_network_is_asked(monkeypatch):
-    monkeypatch.setattr("folovllm.llm.Tokenizer", None)
+    monkeypatch.setattr("folovllm.entrypoints.llm.Tokenizer", None)
     with pytest.raises(FileNotFoundError, match="nonexistent does not exist.*a Hub id such as"):
         ScriptedLLM("nonexistent")
 

@@ -44,8 +44,8 @@ def test_cpu_takes_an_eighth_of_the_free_memory_and_runs_nothing(
 
 
 def test_largest_sampling_runs_the_rules_that_take_memory() -> None:
-    from folovllm.memory import run_largest_sampling
-    from folovllm.sampling import Sampler
+    from folovllm.sampling.largest_batch import run_largest_sampling
+    from folovllm.sampling.sampler import Sampler
 
     seen = {}
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folovllm.metrics import (
+from folovllm.bench.metrics import (
     ModelCost,
     RequestTimes,
     StepWork,

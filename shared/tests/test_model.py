@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from folovllm.kernels.reference import causal_attention
-from folovllm.model import CausalLM, ModelConfig, kv_bytes_per_token, load_model
-from folovllm.model.loader import resolve_device
+from folovllm.model.config import ModelConfig, kv_bytes_per_token
+from folovllm.model.loader import load_model, resolve_device
+from folovllm.model.transformer import CausalLM
 from folovllm.testing.toy_models import ToyFamily, reference_logits, toy_families, write_toy_model
 
 FAMILIES = {family.name: family for family in toy_families()}

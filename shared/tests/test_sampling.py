@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from folovllm.request import FinishReason, Request, SamplingParams
-from folovllm.sampling import Sampler, SamplerOutput
+from folovllm.sampling.sampler import Sampler, SamplerOutput
 
 CPU = torch.device("cpu")
 VOCAB = 103  # not a multiple of 4: four tokens share one random counter
@@ -286,7 +286,7 @@ def test_large_and_small_top_k_agree(monkeypatch):
     requests = [make_request(**params) for params in settings]
     logits = make_logits(len(requests), seed=5)
     by_selection = kept(logits, requests)
-    monkeypatch.setattr("folovllm.logits_processors._MAX_TOP_K_CANDIDATES", 0)
+    monkeypatch.setattr("folovllm.sampling.logits_processors._MAX_TOP_K_CANDIDATES", 0)
     assert Sampler(VOCAB, CPU).prepare(requests).few_candidates is None
     np.testing.assert_array_equal(by_selection, kept(logits, requests))
 
@@ -508,7 +508,7 @@ def test_plain_greedy_batch_uploads_nothing(monkeypatch):
     def forbidden(*_):
         raise AssertionError("uploaded something")
 
-    monkeypatch.setattr("folovllm.sampling_tensors.upload", forbidden)
+    monkeypatch.setattr("folovllm.sampling.tensors.upload", forbidden)
     filters = {"top_k": 5, "top_p": 0.5, "min_p": 0.1}  # no filter changes an argmax
     plain = Sampler(VOCAB, CPU).prepare([make_request(temperature=0.0)] * 3)
     assert plain.noise is None
@@ -518,7 +518,7 @@ def test_plain_greedy_batch_uploads_nothing(monkeypatch):
 
 
 def test_everything_is_uploaded_in_one_call(monkeypatch):
-    from folovllm import sampling_tensors
+    from folovllm.sampling import tensors as sampling_tensors
 
     calls, upload = [], sampling_tensors.upload
     monkeypatch.setattr(

@@ -5,7 +5,7 @@ import torch
 
 from folovllm.kernels import random as torch_kernels
 from folovllm.request import Request, SamplingParams
-from folovllm.sampling import Sampler
+from folovllm.sampling.sampler import Sampler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer, save_metaspace_tokenizer
-from folovllm.tokenizer import Tokenizer
+from folovllm.text.tokenizer import Tokenizer
 
 TEXT = "Hello 世界 😀 สวัสดี, the  dog\n naïve ฬ"
 MODEL = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from folovllm.traces import (
+from folovllm.workloads.traces import (
     Conversation,
     TraceRow,
     read_azure,

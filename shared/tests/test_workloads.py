@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from folovllm.workloads import Workload, WorkloadRequest, make_workload, read_prompts
+from folovllm.workloads.workload import Workload, WorkloadRequest, make_workload, read_prompts
 
 VOCAB = 32000
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 
-from folovllm.kernels import select_kernels
-
+from ..kernels.selection import select_kernels
 from .config import ModelConfig
 from .transformer import CausalLM
 from .weights import load_random, load_safetensors

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from folovllm.interfaces import AttendFn
-from folovllm.kernels import Kernels
-
+from ..interfaces import AttendFn
+from ..kernels.selection import Kernels
 from .config import ModelConfig
 from .rope import RotaryTable
 

@@ -3,8 +3,8 @@
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
-from folovllm.interfaces import Engine, StepOutput, TokenOutput
-from folovllm.request import Request, RequestStatus, SamplingParams
+from ..interfaces import Engine, StepOutput, TokenOutput
+from ..request import Request, RequestStatus, SamplingParams
 
 _MAX_STEPS = 5000
 """Far more than any test needs: beyond it the engine hangs."""

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from folovllm.interfaces import Engine
-from folovllm.model import CausalLM, load_model
-from folovllm.request import FinishReason, Request, SamplingParams
-
+from ..interfaces import Engine
+from ..model.loader import load_model
+from ..model.transformer import CausalLM
+from ..request import FinishReason, Request, SamplingParams
 from .driver import check_idle, check_step, drain, make_requests, random_prompts
 from .forced_sampler import ForcedSampler
 from .toy_models import ToyFamily, reference_greedy, reference_logits, toy_families, write_toy_model

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from folovllm.interfaces import SamplerOutput
-from folovllm.request import Request
+from ..interfaces import SamplerOutput
+from ..request import Request
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from folovllm.interfaces import StepOutput, StepStats, TokenLogprobs, TokenOutput
-from folovllm.llm import LLM
-from folovllm.request import FinishReason, Request
+from ..entrypoints.llm import LLM
+from ..interfaces import StepOutput, StepStats, TokenLogprobs, TokenOutput
+from ..request import FinishReason, Request
 
 
 class ScriptedPolicy(Enum):

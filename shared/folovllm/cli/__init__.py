@@ -1,0 +1,1 @@
+"""The command line that every stage has: `generate`, `chat`, `bench`, `profile`."""

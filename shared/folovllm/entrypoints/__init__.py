@@ -1,0 +1,1 @@
+"""How programs use an engine: prompts in, texts out."""

@@ -1,0 +1,280 @@
+"""The offline interface over any stage's engine: `generate`, `chat`, `stream`, `beam_search`."""
+
+import time
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..interfaces import Engine, StepOutput
+from ..memory import kv_cache_allocation
+from ..model.loader import load_model, resolve_model_directory
+from ..request import SamplingParams
+from ..text.tokenizer import Message, Tokenizer
+from .beam_search import (
+    BeamSearchOutput,
+    BeamSearchParams,
+    BeamSearchSequence,
+    FinishedBeam,
+    search_beams,
+)
+from .engine_options import build_config
+from .output_processor import OutputProcessor, PromptState
+from .outputs import RequestOutput
+from .progress import ThroughputBar
+from .prompts import Prompt, PromptInput, check_token_ids, parse_prompt, split_prompts
+from .request_builder import RequestBuilder
+
+DEFAULT_MODEL = Path("models/SmolLM2-135M-Instruct")
+"""Where `python -m m0_infra fetch` puts the embedded model, under the current directory."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+class LLM:
+    """A model behind one stage's engine; a stage sets the two class attributes.
+
+        llm = LLM("models/SmolLM2-135M-Instruct", max_model_len=1024)
+        outputs = llm.generate(["Hello", "The sky is"], SamplingParams(max_tokens=8))
+        print(outputs[0].outputs[0].text)
+
+    Call signatures and results are vLLM's. Every call aborts its own requests when it fails or
+    is interrupted, so that the next call finds an engine that is free.
+    """
+
+    config_class: ClassVar[type[Any]]
+    engine_class: ClassVar[Callable[..., Engine]]
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        load_format: str = "auto",
+        dtype: str = "auto",
+        device: str = "auto",
+        seed: int = 0,
+        tokenizer: str | Path | None = None,
+        **engine_options: Any,
+    ) -> None:
+        """Load a model and start an engine; `engine_options` are the stage's EngineConfig fields.
+
+        model: a directory, a Hub id, or with load_format="dummy" a preset; None is the embedded
+            model. tokenizer: where to read it, if not beside the model.
+        seed: of dummy weights, and of requests whose SamplingParams give none.
+        max_model_len, where not given, is the stage's default or the model's limit, whichever is
+        less. ValueError for an unknown option or one beyond the model's limit.
+        """
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
+        config = build_config(self.config_class, engine_options)  # before any weight is read
+        model = _default_model() if model is None else model
+        if load_format != "dummy":
+            model = resolve_model_directory(model)
+        self.tokenizer = _load_tokenizer(model, tokenizer)
+        self.model = load_model(
+            model, load_format=load_format, dtype=dtype, device=device, seed=seed
+        )
+        config = self._limit_model_len(config, was_given="max_model_len" in engine_options)
+        with kv_cache_allocation():
+            self.engine = self.engine_class(config, self.model)
+        policy = getattr(config, "scheduling_policy", "fcfs")
+        eos_token_ids = self.model.config.eos_token_ids
+        if not eos_token_ids and self.tokenizer is not None:
+            eos_token_ids = self.tokenizer.eos_token_ids
+        self._requests = RequestBuilder(
+            tokenizer=self.tokenizer,
+            vocab_size=self.model.config.vocab_size,
+            max_model_len=config.max_model_len,
+            eos_token_ids=eos_token_ids,
+            seed=seed,
+            scheduling_policy=policy.value if isinstance(policy, Enum) else policy,
+        )
+        self._outputs = OutputProcessor()
+
+    def generate(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or several; outputs are in the order of the prompts.
+
+        sampling_params: one for all, or one per prompt; None is `SamplingParams()`.
+        priority: one number per prompt, lower first; needs scheduling_policy="priority".
+        ValueError if any prompt or setting cannot work; then none of them was run.
+        """
+        items = split_prompts(prompts)
+        vocab_size = self.model.config.vocab_size
+        parsed = [
+            parse_prompt(item, index, self.tokenizer, vocab_size)
+            for index, item in enumerate(items)
+        ]
+        return self._run(self._requests.build(parsed, sampling_params, priority), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of messages) or a list of conversations."""
+        is_several = isinstance(messages, Sequence) and isinstance(
+            next(iter(messages), None), list | tuple
+        )
+        conversations: Any = messages if is_several else [messages]
+        prompts = [self.render_chat(messages, add_generation_prompt) for messages in conversations]
+        return self._run(self._requests.build(prompts, sampling_params, None), use_tqdm)
+
+    def stream(
+        self, prompt: PromptInput, sampling_params: SamplingParams | None = None
+    ) -> Generator[RequestOutput, None, None]:
+        """Complete one prompt and yield all of its output so far after every new token.
+
+        Mistakes raise here, not at the first output. Closing the iterator aborts the request.
+        Several streams, and calls of `generate`, may be under way at once.
+        """
+        parsed = parse_prompt(prompt, 0, self.tokenizer, self.model.config.vocab_size)
+        (state,) = self._requests.build([parsed], sampling_params, None)
+        return self._stream(state)
+
+    def beam_search(
+        self, prompts: PromptInput | Sequence[PromptInput], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` likeliest outputs of each prompt that beam search finds, best first.
+
+        ValueError if a prompt cannot be one, or leaves no room for `max_tokens`.
+        """
+        vocab_size = self.model.config.vocab_size
+        parsed = [
+            parse_prompt(item, index, self.tokenizer, vocab_size)
+            for index, item in enumerate(split_prompts(prompts))
+        ]
+        searches = search_beams(
+            self.engine,
+            self._step_engine,
+            [prompt.token_ids for prompt in parsed],
+            params,
+            self._requests.eos_token_ids,
+            self._requests.max_model_len,
+        )
+        return [
+            BeamSearchOutput(list(map(self._describe_beam, search.finished))) for search in searches
+        ]
+
+    def _describe_beam(self, beam: FinishedBeam) -> BeamSearchSequence:
+        text = None
+        if self.tokenizer is not None:
+            text = self.tokenizer.decode(beam.token_ids, skip_special_tokens=True)
+        return BeamSearchSequence(beam.token_ids, beam.cum_logprob, text)
+
+    def render_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True
+    ) -> Prompt:
+        """The prompt that the chat template makes of a conversation; `stream` takes it."""
+        if self.tokenizer is None:
+            raise ValueError(
+                "this model has no tokenizer and so no chat template; name one with tokenizer=…"
+            )
+        token_ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt)
+        check_token_ids("the conversation", token_ids, self.model.config.vocab_size)
+        return Prompt(self.tokenizer.decode(token_ids, skip_special_tokens=False), token_ids)
+
+    def _run(self, states: list[PromptState], use_tqdm: bool) -> list[RequestOutput]:
+        """Run these prompts to their end; on any exception abort what is left of them."""
+        unfinished = set(states)
+        try:
+            for state in states:
+                self._enqueue(state)
+            with ThroughputBar(len(states), is_shown=use_tqdm) as progress:
+                while unfinished:
+                    finished = self._step(unfinished)
+                    unfinished.difference_update(finished)
+                    progress.update(finished)
+        finally:
+            self._abort(states)
+        return [state.output() for state in states]
+
+    def _stream(self, state: PromptState) -> Generator[RequestOutput, None, None]:
+        num_seen = 0
+        try:
+            self._enqueue(state)
+            while not state.finished or state.num_output_tokens > num_seen:
+                if state.num_output_tokens == num_seen:
+                    self._step((state,))
+                if state.num_output_tokens > num_seen:
+                    num_seen = state.num_output_tokens
+                    yield state.output()
+        finally:
+            self._abort((state,))
+
+    def _enqueue(self, state: PromptState) -> None:
+        for completion in state.completions:
+            self._outputs.add(state, completion)  # first, so that an interrupt finds it
+            try:
+                self.engine.add_request(completion.request)
+            except ValueError:
+                self._outputs.discard(completion)
+                raise
+
+    def _abort(self, states: Iterable[PromptState]) -> None:
+        for request_id in self._outputs.remove(states):
+            self.engine.abort_request(request_id)
+
+    def _step(self, waited_for: Collection[PromptState]) -> list[PromptState]:
+        """One engine step for every call under way; returns the prompts that it finished.
+
+        RuntimeError if a step cannot bring what the caller waits for.
+        """
+        if not self.engine.has_unfinished_requests():
+            raise RuntimeError(
+                f"{type(self.engine).__name__} has nothing left to run, but "
+                f"{len(waited_for)} prompts are unfinished: their requests were lost, or aborted "
+                f"behind the back of this LLM"
+            )
+        finished: list[PromptState] = []
+        self._step_engine(finished)
+        return finished
+
+    def _step_engine(self, finished: list[PromptState] | None = None) -> StepOutput:
+        """One engine step; everybody's tokens are recorded, finished prompts appended."""
+        output = self.engine.step()
+        processed = self._outputs.process(output, time.perf_counter())
+        for request_id in processed.stopped_request_ids:
+            self.engine.abort_request(request_id)
+        if finished is not None:
+            finished += processed.finished_prompts
+        return output
+
+    def _limit_model_len(self, config: Any, was_given: bool) -> Any:
+        """The config with a `max_model_len` that the model can attend to."""
+        limit = self.model.config.max_context_len
+        if config.max_model_len <= limit:
+            return config
+        if was_given:
+            raise ValueError(
+                f"max_model_len={config.max_model_len} is beyond this model's limit of {limit} "
+                f"tokens; lower it"
+            )
+        return replace(config, max_model_len=limit)
+
+
+def _default_model() -> Path:
+    if not (DEFAULT_MODEL / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no model was given, and the embedded one is not in {DEFAULT_MODEL} under the current "
+            f"directory; run `python -m m0_infra fetch` there, or name a model"
+        )
+    return DEFAULT_MODEL
+
+
+def _load_tokenizer(model: str | Path, tokenizer: str | Path | None) -> Tokenizer | None:
+    """The named tokenizer, or the model's; None if its directory has none, or it is a preset."""
+    if tokenizer is not None:
+        return Tokenizer(tokenizer)
+    has_tokenizer = any((Path(model) / name).is_file() for name in _TOKENIZER_FILES)
+    return Tokenizer(model) if has_tokenizer else None

@@ -1,0 +1,168 @@
+"""From an engine's tokens to the outputs of the prompts that asked for them."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ..interfaces import StepOutput, TokenOutput
+from ..request import FinishReason, Request
+from ..text.detokenizer import IncrementalDetokenizer
+from ..text.tokenizer import Tokenizer
+from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, make_logprobs
+from .prompts import Prompt
+
+
+class CompletionState:
+    """One request of the engine and the output that has come of it so far."""
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None) -> None:
+        self.request = request
+        self.finish_reason: FinishReason | None = None
+        self._index = index
+        self._tokenizer = tokenizer
+        self._detokenizer = (
+            None
+            if tokenizer is None
+            else IncrementalDetokenizer(
+                tokenizer, request.prompt_token_ids, request.sampling_params
+            )
+        )
+        self._token_ids: list[int] = []
+        self._text_parts: list[str] = []
+        self._cumulative_logprob = 0.0
+        self._logprobs: list[dict[int, Logprob]] = []
+        self._stop_reason: int | str | None = None
+
+    def append(self, token: TokenOutput) -> None:
+        """Take the next token; sets `finish_reason` if the engine or a stop string ends here."""
+        self._token_ids.append(token.token_id)
+        if token.logprobs is not None:
+            self._cumulative_logprob += token.logprobs.logprob
+            self._logprobs.append(make_logprobs(token.logprobs, token.token_id, self._tokenizer))
+        self.finish_reason = token.finish_reason
+        is_stop_token = token.finish_reason is FinishReason.STOP
+        params = self.request.sampling_params
+        if is_stop_token and token.token_id in (params.stop_token_ids or ()):
+            self._stop_reason = token.token_id
+        if self._detokenizer is None:
+            return
+        # As in vLLM, the token that stops a request is part of token_ids but not of the text.
+        if not is_stop_token or params.include_stop_str_in_output:
+            self._text_parts.append(self._detokenizer.append(token.token_id))
+        if self._detokenizer.stop_reason is not None:
+            self.finish_reason = FinishReason.STOP
+            self._stop_reason = self._detokenizer.stop_reason
+        elif self.finish_reason is not None:
+            self._text_parts.append(self._detokenizer.finish())
+
+    def output(self) -> CompletionOutput:
+        """A copy of the present state."""
+        with_logprobs = self.request.sampling_params.logprobs is not None
+        text = "".join(self._text_parts)
+        self._text_parts = [text]
+        return CompletionOutput(
+            index=self._index,
+            text=text,
+            token_ids=list(self._token_ids),
+            cumulative_logprob=self._cumulative_logprob if with_logprobs else None,
+            logprobs=list(self._logprobs) if with_logprobs else None,
+            finish_reason=None if self.finish_reason is None else self.finish_reason.value,
+            stop_reason=self._stop_reason,
+        )
+
+
+class PromptState:
+    """One prompt and its completions, one per `n`."""
+
+    def __init__(
+        self, request_id: str, prompt: Prompt, completions: list[CompletionState], arrival: float
+    ) -> None:
+        self.completions = completions
+        self.num_output_tokens = 0
+        """Of all completions together; it grows whenever there is something new to see."""
+        self.num_prompt_tokens = len(prompt.token_ids)
+        self._request_id = request_id
+        self._prompt = prompt
+        self._arrival_time = arrival
+        self._first_token_time: float | None = None
+        self._last_token_time: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.finish_reason is not None for completion in self.completions)
+
+    def record_token(self, now: float) -> None:
+        """Note that a completion got a token at this time, in seconds."""
+        self.num_output_tokens += 1
+        self._last_token_time = now
+        if self._first_token_time is None:
+            self._first_token_time = now
+
+    def output(self) -> RequestOutput:
+        """A copy of the present state."""
+        return RequestOutput(
+            request_id=self._request_id,
+            prompt=self._prompt.text,
+            prompt_token_ids=list(self._prompt.token_ids),
+            outputs=[completion.output() for completion in self.completions],
+            finished=self.finished,
+            metrics=RequestMetrics(
+                self._arrival_time, self._first_token_time, self._last_token_time
+            ),
+        )
+
+
+class ProcessedStep(NamedTuple):
+    """What a step's tokens ended."""
+
+    stopped_request_ids: list[str]
+    """Ended by a stop string, so that the engine does not know yet: abort them."""
+    finished_prompts: list[PromptState]
+
+
+class OutputProcessor:
+    """Knows every prompt that is in the engine and hands each token to the right one.
+
+    Several calls may be under way at once (streams that are read in turns): whoever runs a step
+    gets tokens for all of them.
+    """
+
+    def __init__(self) -> None:
+        self._active: dict[str, tuple[PromptState, CompletionState]] = {}
+
+    def add(self, prompt: PromptState, completion: CompletionState) -> None:
+        self._active[completion.request.request_id] = (prompt, completion)
+
+    def discard(self, completion: CompletionState) -> None:
+        """Forget one request that the engine did not take."""
+        self._active.pop(completion.request.request_id, None)
+
+    def remove(self, prompts: Iterable[PromptState]) -> list[str]:
+        """Forget these prompts; returns the ids of their requests that had not finished."""
+        return [
+            completion.request.request_id
+            for prompt in prompts
+            for completion in prompt.completions
+            if self._active.pop(completion.request.request_id, None) is not None
+        ]
+
+    def process(self, step_output: StepOutput, now: float) -> ProcessedStep:
+        """Record a step's tokens, which came at `now` (seconds); forget finished requests.
+
+        Tokens of requests that are not ours are left alone.
+        """
+        stopped = []
+        finished = []
+        for token in step_output.tokens:
+            found = self._active.get(token.request_id)
+            if found is None:
+                continue
+            prompt, completion = found
+            completion.append(token)
+            prompt.record_token(now)
+            if completion.finish_reason is not None:
+                del self._active[token.request_id]
+                if token.finish_reason is None:
+                    stopped.append(token.request_id)
+                if prompt.finished:
+                    finished.append(prompt)
+        return ProcessedStep(stopped, finished)

@@ -1,0 +1,86 @@
+"""The forms in which a prompt may be given, turned into token ids."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, TypeAlias, TypeGuard
+
+from ..text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt in the form that an engine takes."""
+
+    text: str | None
+    """None if it was given as token ids."""
+    token_ids: list[int]
+
+
+PromptInput: TypeAlias = str | Sequence[int] | Mapping[str, Any] | Prompt
+"""Text, token ids, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or what `render_chat` made."""
+
+_FORMS = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
+
+
+def split_prompts(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:
+    """One prompt or several, as a list; a flat list of whole numbers is one prompt."""
+    if isinstance(prompts, str | Mapping | Prompt) or (_is_token_ids(prompts) and prompts):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"a prompt is {_FORMS}, got {type(prompts).__name__}: {prompts!r}")
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def parse_prompt(
+    prompt: PromptInput, index: int, tokenizer: Tokenizer | None, vocab_size: int
+) -> Prompt:
+    """Token ids of one prompt; ValueError, naming its index, if it cannot be one."""
+    text, token_ids = _take_apart(prompt, index)
+    if text is not None:
+        if tokenizer is None:
+            raise ValueError(
+                f"prompt {index} is text, but this model has no tokenizer; "
+                f"give token ids, or name one with tokenizer=…"
+            )
+        token_ids = tokenizer.encode(text)
+    if not token_ids:
+        raise ValueError(f"prompt {index} has no tokens; an engine needs at least one")
+    token_ids = [int(token_id) for token_id in token_ids]
+    check_token_ids(f"prompt {index}", token_ids, vocab_size)
+    return prompt if isinstance(prompt, Prompt) else Prompt(text, token_ids)
+
+
+def check_token_ids(what: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    """ValueError naming the first id that is outside the model's vocabulary."""
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        raise ValueError(
+            f"{what} holds token id {wrong}, but this model's ids are 0 to {vocab_size - 1}"
+        )
+
+
+def _take_apart(prompt: PromptInput, index: int) -> tuple[str | None, Sequence[int]]:
+    """The text or the token ids of a prompt; the other is None or empty."""
+    if isinstance(prompt, Prompt):
+        return None, prompt.token_ids
+    if isinstance(prompt, Mapping):
+        inner = next(iter(prompt.values()), None)
+        if set(prompt) == {"prompt"} and isinstance(inner, str):
+            return inner, []
+        if set(prompt) == {"prompt_token_ids"} and _is_token_ids(inner):
+            return None, inner
+    elif isinstance(prompt, str):
+        return prompt, []
+    elif _is_token_ids(prompt):
+        return None, prompt
+    raise ValueError(f"prompt {index} must be {_FORMS}, got {prompt!r}")
+
+
+def _is_token_ids(value: object) -> TypeGuard[Sequence[int]]:
+    """Also of an empty list: that it has no tokens is said later."""
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(item, Integral) and not isinstance(item, bool) for item in value)
+    )

@@ -1,0 +1,148 @@
+"""Checks prompts and sampling settings, and makes the requests of a call out of them."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..request import Request, SamplingParams
+from ..setting_checks import is_int
+from ..text.tokenizer import Tokenizer
+from .output_processor import CompletionState, PromptState
+from .prompts import Prompt, check_token_ids
+
+
+class RequestBuilder:
+    """Knows what one model and its engine can take, and numbers the requests.
+
+    Everything that can be refused without asking the engine is refused here, before the first
+    request of a call is queued.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+        seed: int,
+        scheduling_policy: str,
+    ) -> None:
+        """scheduling_policy: "priority" is the only one under which priorities may be given."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.eos_token_ids = eos_token_ids
+        self._seed = seed
+        self._scheduling_policy = scheduling_policy
+        self._num_prompts = 0
+
+    def build(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+    ) -> list[PromptState]:
+        """The requests of one call, one state per prompt in order; ValueError builds none."""
+        all_params = self._one_per_prompt(sampling_params, len(prompts))
+        priorities = self._check_priority(priority, len(prompts))
+        resolved = [
+            self._resolve(params, prompt, index)
+            for index, (params, prompt) in enumerate(zip(all_params, prompts, strict=True))
+        ]
+        arrival_time = time.perf_counter()
+        return [
+            self._build_one(prompt, params, prompt_priority, arrival_time)
+            for prompt, params, prompt_priority in zip(prompts, resolved, priorities, strict=True)
+        ]
+
+    def _build_one(
+        self, prompt: Prompt, params: SamplingParams, priority: int, arrival_time: float
+    ) -> PromptState:
+        prompt_id = str(self._num_prompts)
+        completions: list[CompletionState] = []
+        for child in range(params.n):
+            request = Request(
+                request_id=prompt_id if params.n == 1 else f"{prompt_id}-{child}",
+                prompt_token_ids=prompt.token_ids,
+                sampling_params=params if params.n == 1 else replace(params, n=1),
+                eos_token_ids=self.eos_token_ids,
+                seed=self._seed_of(params, child),
+                priority=priority,
+                fork_of=completions[0].request if completions else None,
+                arrival_time=arrival_time,
+            )
+            completions.append(CompletionState(request, child, self._tokenizer))
+        self._num_prompts += 1
+        return PromptState(prompt_id, prompt, completions, arrival_time)
+
+    def _seed_of(self, params: SamplingParams, child: int) -> int:
+        """The given seed counted on per completion, or one of this prompt's number."""
+        if params.seed is not None:
+            return params.seed + child
+        key = f"{self._seed}/{self._num_prompts}/{child}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1  # fits int64
+
+    def _resolve(self, params: SamplingParams, prompt: Prompt, index: int) -> SamplingParams:
+        """Check the settings against the model; fill in `max_tokens` where it is None."""
+        for name, token_ids in (
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", list(params.logit_bias or ())),
+        ):
+            if token_ids:
+                check_token_ids(f"{name} of prompt {index}", token_ids, self._vocab_size)
+        if params.stop_strings and self._tokenizer is None:
+            raise ValueError(
+                f"stop strings {params.stop_strings} need text, but this model has no tokenizer; "
+                f"use stop_token_ids, or name a tokenizer with tokenizer=…"
+            )
+        if params.max_tokens is not None:
+            return params
+        room = self.max_model_len - len(prompt.token_ids)
+        if room < 1:
+            raise ValueError(
+                f"prompt {index} has {len(prompt.token_ids)} tokens and leaves no room for an "
+                f"output within max_model_len={self.max_model_len}; shorten the prompt or raise "
+                f"max_model_len"
+            )
+        return replace(params, max_tokens=room)
+
+    @staticmethod
+    def _one_per_prompt(
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    ) -> Sequence[SamplingParams]:
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        if isinstance(sampling_params, SamplingParams):
+            return [sampling_params] * num_prompts
+        if not isinstance(sampling_params, Sequence) or any(
+            not isinstance(params, SamplingParams) for params in sampling_params
+        ):
+            raise ValueError(
+                f"sampling_params must be a SamplingParams or a list of them, "
+                f"got {sampling_params!r}"
+            )
+        if len(sampling_params) != num_prompts:
+            raise ValueError(
+                f"got {len(sampling_params)} sampling_params for {num_prompts} prompts; "
+                f"give one for all or one per prompt"
+            )
+        return sampling_params
+
+    def _check_priority(self, priority: Sequence[int] | None, num_prompts: int) -> Sequence[int]:
+        if priority is None:
+            return [0] * num_prompts
+        if self._scheduling_policy != "priority":
+            raise ValueError(
+                f"priorities {priority} would have no effect: the scheduling policy of this "
+                f"engine is {self._scheduling_policy!r}; where the stage has it, use "
+                f"scheduling_policy='priority'"
+            )
+        if not isinstance(priority, Sequence) or not all(map(is_int, priority)):
+            raise ValueError(f"priority must be a list of whole numbers, got {priority!r}")
+        if len(priority) != num_prompts:
+            raise ValueError(
+                f"got {len(priority)} priorities for {num_prompts} prompts; give one per prompt"
+            )
+        return priority

@@ -1,0 +1,139 @@
+"""Choosing the next token of every row of a batch, on the device, by each request's own rules.
+
+Order of operations for a row, as in vLLM v1:
+
+1. log-probabilities to report are of the raw logits, whatever the steps below do;
+2. float32; `logit_bias`; stop tokens forbidden while fewer than `min_tokens` are out;
+3. repetition penalty (prompt and output), then frequency and presence penalties (output);
+4. temperature 0: argmax, the lowest id among equals; the rest concerns the other rows;
+5. temperature, `min_p`, `top_k`, `top_p`;
+6. a draw from what is left, by Gumbel-max with counter-based noise (see `kernels.random`).
+
+A plain batch (steps 4 and 6 alone) copies and edits nothing: the kernel reads the model's logits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..interfaces import SamplerOutput, TokenLogprobs
+from ..kernels.random import select_choose_tokens
+from ..request import Request
+from .logprobs import Logprobs
+from .tensors import SamplingTensors
+
+_SEED_LIMIT = 1 << 64
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """The choices of one step, still on the device."""
+
+    choices: torch.Tensor
+    """[2, num_rows] int64: the token ids, and 1 where a token could be chosen at all."""
+    logprobs: Logprobs | None
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """[num_rows] int64."""
+        return self.choices[0]
+
+    def to_host(self) -> SamplerOutput:
+        """Wait for the device and fetch everything in one transfer.
+
+        RuntimeError, naming the rows, if a row had NaN logits or no token above -inf.
+        """
+        num_rows = self.choices.shape[1]
+        if self.logprobs is None:
+            token_ids, is_valid = self.choices.tolist()
+            logprobs: list[TokenLogprobs | None] = [None] * num_rows
+        else:
+            # float64 holds every id, rank and float32 exactly.
+            parts = (self.choices.to(torch.float64).flatten(), self.logprobs.values.flatten())
+            fetched = torch.cat(parts).cpu().numpy()
+            token_ids, is_valid = fetched[: 2 * num_rows].astype(np.int64).reshape(2, -1).tolist()
+            logprobs = self.logprobs.unpack(fetched[2 * num_rows :])
+        if not all(is_valid):
+            rows = [row for row, valid in enumerate(is_valid) if not valid]
+            raise RuntimeError(
+                f"no token can be chosen in rows {rows} of {num_rows}: their logits hold NaN or "
+                f"are all -inf (a broken model or kernel, or every token forbidden)"
+            )
+        return SamplerOutput(token_ids, logprobs)
+
+
+class Sampler:
+    """Turns logits into tokens; holds no state of requests, so it may see them in any order."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+
+    def validate(self, request: Request) -> None:
+        """Raise ValueError if this vocabulary cannot serve the request; for `add_request`."""
+        params = request.sampling_params
+        name = f"request {request.request_id}"
+        if not 0 <= request.seed < _SEED_LIMIT:
+            raise ValueError(f"{name}: seed must be in [0, 2**64), got {request.seed}")
+        if params.logprobs is not None and params.logprobs > self.vocab_size:
+            raise ValueError(
+                f"{name}: logprobs={params.logprobs} is more than the vocabulary of "
+                f"{self.vocab_size} tokens; ask for fewer"
+            )
+        for token_id, bias in (params.logit_bias or {}).items():
+            if not 0 <= token_id < self.vocab_size:
+                raise ValueError(
+                    f"{name}: logit_bias names token {token_id}, but token ids of this model are "
+                    f"in [0, {self.vocab_size})"
+                )
+            if abs(bias) > torch.finfo(torch.float32).max:
+                raise ValueError(f"{name}: logit_bias {bias} of token {token_id} exceeds float32")
+        if params.min_tokens and request.stop_token_ids.issuperset(range(self.vocab_size)):
+            raise ValueError(
+                f"{name}: min_tokens={params.min_tokens} forbids every token of the vocabulary, "
+                f"since all of them are stop tokens; set min_tokens=0 or fewer stop_token_ids"
+            )
+
+    def prepare(self, requests: Sequence[Request]) -> SamplingTensors:
+        """Collect the rules of a step and upload them in one copy; row i is for `requests[i]`.
+
+        Reads how many tokens each request has now: call it when a row's output position is known,
+        once per step. A batch of greedy requests without further wishes uploads nothing.
+        ValueError as `validate` for a seed or a biased token id that is out of range.
+        """
+        try:
+            return SamplingTensors.collect(requests, self.vocab_size, self.device)
+        except (IndexError, OverflowError):
+            for request in requests:
+                self.validate(request)
+            raise
+
+    def collect_noise(self, requests: Sequence[Request]) -> list[np.ndarray] | None:
+        """What sampling by temperature alone needs, for whoever samples inside a captured graph.
+
+        The arrays of `Noise`, row i for `requests[i]`; an empty list if all are greedy; None if
+        some request has other rules or wants log-probabilities, which `prepare` and `sample` serve.
+        """
+        return SamplingTensors.collect_noise(requests)
+
+    def sample(self, logits: torch.Tensor, tensors: SamplingTensors) -> SampledTokens:
+        """Choose a token per row of logits [num_rows, vocab_size], of any float dtype.
+
+        Does not change `logits`, nor wait for the device.
+        """
+        if logits.shape != (tensors.num_rows, self.vocab_size):
+            raise ValueError(
+                f"logits are {tuple(logits.shape)}, but the prepared batch has {tensors.num_rows} "
+                f"rows over {self.vocab_size} tokens; prepare() the requests of these rows"
+            )
+        edited = tensors.edit(logits)
+        noise = tensors.noise
+        choose_tokens = select_choose_tokens(logits.device)
+        if noise is None:
+            choices = choose_tokens(edited)
+        else:
+            choices = choose_tokens(edited, noise.temperatures, noise.seeds, noise.positions)
+        query = tensors.logprobs
+        return SampledTokens(choices, query.compute(logits, choices[0]) if query else None)

@@ -1,0 +1,163 @@
+"""The sampling rules of a batch: collected from its requests on the host, uploaded in one copy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+import numpy as np
+import torch
+
+from ..request import Request
+from ..transfer import upload
+from .logits_processors import LogitBias, MinP, TopKTopP
+from .logprobs import LogprobsQuery
+from .penalties import OutputPenalties, RepetitionPenalty
+
+_TEMPERATURE_LIMITS = (1e-30, 1e30)
+"""Beyond these float32 noise under- or overflows, and no logits could tell the difference."""
+_get_settings = attrgetter(
+    "temperature",
+    "logit_bias",
+    "min_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logprobs",
+)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What the random numbers of each row depend on."""
+
+    temperatures: torch.Tensor
+    """[num_rows] float32; 0 for a greedy row."""
+    seeds: torch.Tensor
+    """[num_rows] int64, the 64 bits of the request's seed."""
+    positions: torch.Tensor
+    """[num_rows] int64, output tokens that the request already has."""
+
+    @staticmethod
+    def collect(requests: Sequence[Request], temperatures: Sequence[float]) -> list[np.ndarray]:
+        """OverflowError if a seed is not in [0, 2^64)."""
+        scales = np.array(temperatures)
+        scales = np.where(scales > 0, scales.clip(*_TEMPERATURE_LIMITS), 0).astype(np.float32)
+        seeds = np.array([request.seed for request in requests], dtype=np.uint64)
+        positions = np.array([request.num_output_tokens for request in requests])
+        return [scales, seeds.view(np.int64), positions]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingTensors:
+    """The rules of a batch on the device; None means that no row asks for it."""
+
+    num_rows: int
+    noise: Noise | None = None
+    """None: every row is greedy."""
+    bias: LogitBias | None = None
+    repetition: RepetitionPenalty | None = None
+    output_penalties: OutputPenalties | None = None
+    min_p: MinP | None = None
+    few_candidates: TopKTopP | None = None
+    """Rows whose top_k is small."""
+    max_top_k: int = 0
+    """Largest top_k in `few_candidates`."""
+    all_candidates: TopKTopP | None = None
+    """Rows with a large top_k, or with a top_p and no top_k."""
+    logprobs: LogprobsQuery | None = None
+
+    @staticmethod
+    def collect(
+        requests: Sequence[Request], vocab_size: int, device: torch.device
+    ) -> "SamplingTensors":
+        """Row i gets the rules of `requests[i]`; nothing is uploaded if all rows are plain greedy.
+
+        OverflowError as `Noise.collect`.
+        """
+        num_rows = len(requests)
+        if num_rows == 0:
+            return SamplingTensors(num_rows=0)
+        columns = zip(
+            *[_get_settings(request.sampling_params) for request in requests], strict=True
+        )
+        temperatures, biases, min_tokens, repetition, presence, frequency, num_top = columns
+        host: dict[str, list[np.ndarray]] = {}
+        if any(temperatures):
+            host |= _collect_random(requests, temperatures, vocab_size)
+        if any(biases) or any(min_tokens):
+            host["bias"] = LogitBias.collect(requests, vocab_size)
+        if repetition.count(1.0) < num_rows:
+            host["repetition"] = RepetitionPenalty.collect(requests)
+        if any(presence) or any(frequency):
+            host["output_penalties"] = OutputPenalties.collect(requests)
+        if num_top.count(None) < num_rows:
+            host["logprobs"] = LogprobsQuery.collect(num_top)
+        return _on_device(host, num_top, device)
+
+    @staticmethod
+    def collect_noise(requests: Sequence[Request]) -> list[np.ndarray] | None:
+        """See `Sampler.collect_noise`."""
+        params = [request.sampling_params for request in requests]
+        if not all(p.has_only_temperature for p in params):
+            return None
+        temperatures = [p.temperature for p in params]
+        return Noise.collect(requests, temperatures) if any(temperatures) else []
+
+    def edit(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits [num_rows, vocab_size] that tokens are drawn from, less temperature.
+
+        A float32 copy after bias, penalties and filters; `logits` itself if no row asks for any.
+        """
+        edits = (self.bias, self.repetition, self.output_penalties, self.min_p)
+        if not any((*edits, self.few_candidates, self.all_candidates)):
+            return logits
+        edited = logits.to(torch.float32, copy=True)
+        for processor in edits:
+            if processor is not None:
+                processor.apply_(edited)
+        if self.few_candidates is not None:
+            self.few_candidates.apply_(edited, self.max_top_k)
+        if self.all_candidates is not None:
+            self.all_candidates.apply_(edited, logits.shape[1])
+        return edited
+
+
+def _collect_random(
+    requests: Sequence[Request], temperatures: Sequence[float], vocab_size: int
+) -> dict[str, list[np.ndarray]]:
+    """What only matters in batches with rows that are not greedy."""
+    noise = Noise.collect(requests, temperatures)
+    few, all_candidates = TopKTopP.collect(requests, noise[0], vocab_size)
+    return {
+        "noise": noise,
+        "min_p": MinP.collect(requests, noise[0]),
+        "few_candidates": few,
+        "all_candidates": all_candidates,
+    }
+
+
+def _on_device(
+    host: dict[str, list[np.ndarray]], num_top: tuple[int | None, ...], device: torch.device
+) -> SamplingTensors:
+    """Upload all parts at once; `host` maps fields of `SamplingTensors` to what fills them."""
+    parts = {name: arrays for name, arrays in host.items() if arrays}
+    num_rows = len(num_top)
+    if not parts:
+        return SamplingTensors(num_rows=num_rows)
+    tensors = iter(upload([array for arrays in parts.values() for array in arrays], device))
+    views = {name: [next(tensors) for _ in arrays] for name, arrays in parts.items()}
+    few, all_candidates = views.get("few_candidates"), views.get("all_candidates")
+    return SamplingTensors(
+        num_rows=num_rows,
+        noise=Noise(*views["noise"]) if "noise" in views else None,
+        bias=LogitBias(*views["bias"]) if "bias" in views else None,
+        repetition=RepetitionPenalty(*views["repetition"]) if "repetition" in views else None,
+        output_penalties=(
+            OutputPenalties(*views["output_penalties"]) if "output_penalties" in views else None
+        ),
+        min_p=MinP(*views["min_p"]) if "min_p" in views else None,
+        few_candidates=TopKTopP(*few) if few else None,
+        max_top_k=int(parts["few_candidates"][1].max()) if few else 0,
+        all_candidates=TopKTopP(*all_candidates) if all_candidates else None,
+        logprobs=LogprobsQuery(views["logprobs"][0], num_top) if "logprobs" in views else None,
+    )

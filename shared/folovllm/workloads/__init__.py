@@ -1,0 +1,1 @@
+"""Lists of requests, made from a seed or read from a trace."""
