@@ -1,4 +1,4 @@
-"""Attention over the KV cache: what a step tells it, and who may compute it."""
+"""Attention over the KV cache: what a step tells it, and the reference that computes it."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -7,9 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from folovllm.kernels import reference
-from folovllm.model.transformer import CausalLM
 
-from .config import AttentionBackend, EngineConfig
 from .kv_cache import KVCache
 
 
@@ -35,10 +33,6 @@ class AttentionMetadata:
     """[num_tokens] int64, block id * block_size + offset of each token; -1 is not stored"""
     min_query_len: int
     max_query_len: int
-
-
-MAX_HEAD_DIM = 256
-"""Of the Triton kernels and of the flash-attn package."""
 
 
 class Attention(Protocol):
@@ -105,33 +99,3 @@ def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.
         enable_gqa=True,
     )
     return attended[0].transpose(0, 1)
-
-
-def select_attention(config: EngineConfig, model: CausalLM, kv_cache: KVCache) -> Attention:
-    """Who computes attention: as `config` says, or the kernels of this stage where they can run.
-
-    ValueError says why a backend that was named cannot serve, and what to choose or install.
-    """
-    backend = config.attention_backend
-    if backend is AttentionBackend.AUTO:
-        has_kernels = model.device.type == "cuda" and model.config.head_dim <= MAX_HEAD_DIM
-        backend = AttentionBackend.TRITON if has_kernels else AttentionBackend.TORCH
-    if backend is AttentionBackend.TORCH:
-        return TorchAttention(kv_cache)
-    if model.device.type != "cuda":
-        raise ValueError(
-            f"attention_backend {backend.value} needs a CUDA device and this model is on "
-            f"{model.device}; choose torch or auto"
-        )
-    if model.config.head_dim > MAX_HEAD_DIM:
-        raise ValueError(
-            f"attention_backend {backend.value} takes head_dim up to {MAX_HEAD_DIM} and this "
-            f"model has {model.config.head_dim}; choose torch"
-        )
-    if backend is AttentionBackend.TRITON:
-        from .flash_attention import TritonAttention  # needs triton, which a CPU does not
-
-        return TritonAttention(kv_cache, model.config.num_heads, config.max_num_seqs)
-    from .flash_attn_package import make_flash_attn
-
-    return make_flash_attn(config, kv_cache)

@@ -17,7 +17,8 @@ from folovllm.sampling.sampler import SampledTokens, Sampler
 from folovllm.sampling.tensors import Noise
 from folovllm.transfer import upload
 
-from .attention import AttentionMetadata, TorchAttention, select_attention
+from .attention import AttentionMetadata, TorchAttention
+from .attention_backends import select_attention
 from .block_tables import BlockTables
 from .config import EngineConfig
 from .cuda_graph import StepGraph, StepGraphs, decode_shapes, prompt_shapes

@@ -95,8 +95,8 @@ def test_stage_without_folder_is_not_checked_and_undeclared_folder_is_found(chec
         ("m1_one/other.py", "import m1_one.engine\n", "by its full name"),
         ("m1_one/other.py", "from .. import compare\n", "outside of its folder"),
         ("m1_one/other.py", "def f():\n    import m0_infra\n", "m1_one/other.py:2 imports m0"),
-        ("m1_one/config.py", "import torch\n", "config.py -> torch"),
-        ("m1_one/block_pool.py", "from torch import nn\n", "block_pool.py -> torch"),
+        ("m1_one/config.py", "import torch\n", "m1_one.config -> torch"),
+        ("m1_one/block_pool.py", "from torch import nn\n", "m1_one.block_pool -> torch"),
         ("shared/folovllm/entrypoints/llm.py", "import m1_one\n", "llm.py:1 imports m1_one"),
         ("shared/folovllm/entrypoints/llm.py", "import compare.runner\n", "imports compare.runner"),
         ("shared/tests/test_llm.py", "from m0_infra import fetch\n", "imports m0_infra"),
@@ -120,9 +120,65 @@ def test_torch_reaching_the_scheduler_through_another_file_is_found(checkout):
     for stage in ("m1_one", "m2_two", "m3_three"):
         checkout.write(f"{stage}/tensors.py", "import torch\n")
         checkout.replace(f"{stage}/scheduler.py", "import heapq\n", "from .tensors import x\n")
-    assert "m1_one/scheduler.py imports torch (scheduler.py -> tensors.py -> torch)" in str(
+    assert "m1_one/scheduler.py imports torch (m1_one.scheduler -> m1_one.tensors -> torch)" in str(
         problems(checkout)
     )
+
+
+def test_torch_reaching_the_scheduler_through_shared_is_found(checkout):
+    checkout.write("shared/folovllm/request.py", "from .transfer import upload\n")
+    checkout.write("shared/folovllm/transfer.py", "import torch\n")
+    for stage in ("m1_one", "m2_two", "m3_three"):
+        checkout.replace(
+            f"{stage}/scheduler.py", "import heapq\n", "from folovllm.request import Request\n"
+        )
+    way = "m1_one.scheduler -> folovllm.request -> folovllm.transfer -> torch"
+    assert way in str(problems(checkout))
+
+
+def test_torch_in_the_package_of_a_stage_is_found(checkout):
+    checkout.write("m1_one/__init__.py", "from .tensors import x\n")
+    checkout.write("m1_one/tensors.py", "import torch\n")
+    way = "m1_one.scheduler -> m1_one.__init__ -> m1_one.tensors -> torch"
+    assert way in str(problems(checkout))
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "complaint"),
+    [
+        ("text/tokenizer.py", "from ..model.config import x\n", "imports folovllm.model.config"),
+        ("text/tokenizer.py", "from folovllm.model import config\n", "folovllm.model.config"),
+        ("text/tokenizer.py", "def f():\n    from ..model import config\n", "model.config"),
+        ("request.py", "from .text import tokenizer\n", "imports folovllm.text.tokenizer"),
+        ("model/config.py", "from ..sampling.sampler import x\n", "imports folovllm.sampling"),
+        ("spare/thing.py", "", "spare/thing.py is in a room without a level"),
+        ("text/__init__.py", "from .tokenizer import x\n", "text/__init__.py holds code"),
+    ],
+)
+def test_room_that_imports_upwards_is_found(checkout, file, code, complaint):
+    for name in ("text/tokenizer.py", "model/config.py", "sampling/sampler.py"):
+        checkout.write(f"shared/folovllm/{name}", "")
+    checkout.write(f"shared/folovllm/{file}", code)
+    assert complaint in the_problem(checkout)
+
+
+def test_room_may_import_lower_rooms_its_own_and_the_ground(checkout):
+    checkout.write("shared/folovllm/request.py", "")
+    checkout.write("shared/folovllm/text/__init__.py", '"""Doc."""\n')
+    checkout.write("shared/folovllm/text/tokenizer.py", "from ..request import Request\n")
+    checkout.write("shared/folovllm/text/detokenizer.py", "from .tokenizer import x\n")
+    checkout.write("shared/folovllm/entrypoints/llm.py", "from ..text import tokenizer\n")
+    assert problems(checkout) == ()
+
+
+@pytest.mark.parametrize("folder", ["m1_one", "shared/folovllm/text"])
+def test_circle_of_imports_is_found_once(checkout, folder):
+    checkout.write(f"{folder}/aa.py", "from .bb import x\n")
+    checkout.write(f"{folder}/bb.py", "def f():\n    from .cc import x\n")
+    checkout.write(f"{folder}/cc.py", "from . import aa\n")
+    package = folder.removeprefix("shared/").replace("/", ".")
+    circle = f"circle of imports: {package}.aa -> {package}.bb -> {package}.cc -> {package}.aa"
+    assert [p for p in problems(checkout) if p.startswith("circle")] == [circle]
 
 
 def test_allowed_imports_pass(checkout):

@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -20,10 +21,11 @@ import torch
 import torch.nn.functional as F
 
 from folovllm.hardware import describe_environment, measure_ceilings
+from folovllm.kernels.flash_attn_package import attend_version_3, installed_package
 from folovllm.kernels.reference import causal_attention
 from m4_flash.attention import AttentionMetadata
+from m4_flash.attention_backends import PackageAttention
 from m4_flash.flash_attention import TritonAttention
-from m4_flash.flash_attn_package import FlashAttention3, flash_attn_3
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -156,9 +158,9 @@ def measure(case: Case, copy_bytes_per_s: float, flops_per_s: float) -> list[dic
     backends: dict[str, Any] = {
         "triton": TritonAttention(cache, case.num_heads, case.batch_size),
     }
-    interface = flash_attn_3()
+    interface = installed_package("flash_attn_interface")
     if interface is not None:
-        backends["flash_attn_3"] = FlashAttention3(interface, cache)
+        backends["flash_attn_3"] = PackageAttention(cache, partial(attend_version_3, interface))
     rows = []
     for name, backend in backends.items():
 

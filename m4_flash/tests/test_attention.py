@@ -8,7 +8,8 @@ import torch
 
 from folovllm.model.loader import load_model
 from folovllm.testing.toy_models import toy_families, write_toy_model
-from m4_flash.attention import TorchAttention, select_attention
+from m4_flash.attention import TorchAttention
+from m4_flash.attention_backends import select_attention
 from m4_flash.config import AttentionBackend, EngineConfig, PreemptionMode
 from m4_flash.kv_cache import KVCache
 from m4_flash.kv_cache_manager import BlockCopy, CopyKind

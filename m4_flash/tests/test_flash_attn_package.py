@@ -1,6 +1,7 @@
-"""The adapters to the flash-attn packages, driven with stand-ins of the packages' signatures."""
+"""The flash-attn packages as a backend, driven with stand-ins of the packages' signatures."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from folovllm.kernels.flash_attn_package import (
+    attend_version_2,
+    attend_version_3,
+    load_flash_attn,
+)
 from folovllm.kernels.reference import causal_attention
 from folovllm.model.loader import load_model
 from folovllm.testing.toy_models import toy_families, write_toy_model
-from m4_flash.attention import select_attention
+from m4_flash.attention_backends import PackageAttention, select_attention
 from m4_flash.config import AttentionBackend, EngineConfig
-from m4_flash.flash_attn_package import FlashAttention2, FlashAttention3, make_flash_attn
 from m4_flash.tests.mixed_steps import EDGE_SHARES, check_attention, make_runner, needs_cuda
 
 FA3, FA2 = "flash_attn_interface", "flash_attn"
@@ -199,7 +204,7 @@ def installed(monkeypatch):
 def test_flash_attention_3_equals_reference(half_model, shares, block_size) -> None:
     runner = make_runner(half_model, block_size)
     package = FlashAttention3Package()
-    attention = FlashAttention3(package, runner.kv_cache)
+    attention = PackageAttention(runner.kv_cache, partial(attend_version_3, package))
     check_attention(attention, runner, shares, tolerance=2e-3)
     # The package splits contexts of single queries; with long ones the device is full anyway.
     assert package.num_splits == [0 if max(n for _, n in shares) == 1 else 1]
@@ -210,19 +215,22 @@ def test_flash_attention_3_equals_reference(half_model, shares, block_size) -> N
 def test_flash_attention_2_equals_reference(half_model, shares, block_size) -> None:
     runner = make_runner(half_model, block_size)
     package = FlashAttention2Package()
-    attention = FlashAttention2(package, runner.kv_cache)
+    attention = PackageAttention(runner.kv_cache, partial(attend_version_2, package))
     check_attention(attention, runner, shares, tolerance=2e-3)
     assert package.calls == ["kvcache" if max(n for _, n in shares) == 1 else "varlen"]
 
 
-def test_newest_package_that_is_installed_is_taken(half_model, installed) -> None:
-    config = EngineConfig(block_size=256)
-    kv_cache = make_runner(half_model, 256).kv_cache
+def function_of(bound: Any) -> Any:
+    """What a loaded function does, without the package that it is bound to."""
+    return bound.func
+
+
+def test_newest_package_that_is_installed_is_taken(installed) -> None:
     packages = {FA3: FlashAttention3Package(), FA2: FlashAttention2Package()}
     installed(**packages)
-    assert isinstance(make_flash_attn(config, kv_cache), FlashAttention3)
+    assert function_of(load_flash_attn(torch.float16, 256)) is attend_version_3
     installed(**{FA2: packages[FA2]})
-    assert isinstance(make_flash_attn(config, kv_cache), FlashAttention2)
+    assert function_of(load_flash_attn(torch.float16, 256)) is attend_version_2
 
 
 def test_package_serves_where_the_config_names_it(half_model, installed) -> None:
@@ -230,27 +238,25 @@ def test_package_serves_where_the_config_names_it(half_model, installed) -> None
     config = EngineConfig(attention_backend=AttentionBackend.FLASH_ATTN)
     model = SimpleNamespace(device=torch.device("cuda"), config=half_model.config)
     attention = select_attention(config, model, make_runner(half_model, 16).kv_cache)
-    assert isinstance(attention, FlashAttention3)
+    assert isinstance(attention, PackageAttention)
+    assert function_of(attention.attend) is attend_version_3
 
 
-def test_missing_package_is_refused(half_model, installed) -> None:
-    kv_cache = make_runner(half_model, 16).kv_cache
+def test_missing_package_is_refused(installed) -> None:
     with pytest.raises(ValueError, match="pip install flash-attn.*neither.*choose triton"):
-        make_flash_attn(EngineConfig(), kv_cache)
+        load_flash_attn(torch.float16, 16)
 
 
-def test_dtype_that_the_package_cannot_compute_is_refused(toy_directory, installed) -> None:
+def test_dtype_that_the_package_cannot_compute_is_refused(installed) -> None:
     installed(**{FA3: FlashAttention3Package()})
-    kv_cache = make_runner(load_model(toy_directory, device="cpu"), 16).kv_cache
     with pytest.raises(ValueError, match="float16 or bfloat16 and the model is in float32; choose"):
-        make_flash_attn(EngineConfig(), kv_cache)
+        load_flash_attn(torch.float32, 16)
 
 
-def test_block_size_that_version_2_cannot_read_is_refused(half_model, installed) -> None:
+def test_block_size_that_version_2_cannot_read_is_refused(installed) -> None:
     installed(**{FA2: FlashAttention2Package()})
-    kv_cache = make_runner(half_model, 16).kv_cache
     with pytest.raises(ValueError, match="block_size is 16; set block_size=256, or choose triton"):
-        make_flash_attn(EngineConfig(block_size=16), kv_cache)
+        load_flash_attn(torch.float16, 16)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs_cuda) for name in (FA3, FA2)])
@@ -259,5 +265,6 @@ def test_real_package_equals_reference(toy_directory, name, shares) -> None:
     package = pytest.importorskip(name, exc_type=ImportError)
     model = load_model(toy_directory, device="cuda", dtype="bfloat16")
     runner = make_runner(model, 256, enforce_eager=True)
-    adapter = {FA3: FlashAttention3, FA2: FlashAttention2}[name]
-    check_attention(adapter(package, runner.kv_cache), runner, shares, tolerance=1.6e-2)
+    attend = partial({FA3: attend_version_3, FA2: attend_version_2}[name], package)
+    attention = PackageAttention(runner.kv_cache, attend)
+    check_attention(attention, runner, shares, tolerance=1.6e-2)
