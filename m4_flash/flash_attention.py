@@ -30,6 +30,8 @@ MAX_SPLITS = 32
 _PROGRAMS_PER_MULTIPROCESSOR = 3
 """Contexts are split while the batch has fewer programs than this would be; more cost merging."""
 _INTERPRETER_MULTIPROCESSORS = 4
+_MAX_STACK = 4
+"""Most heads that are stacked in a tile: with more, few queries are left for it."""
 
 
 @triton.jit
@@ -87,19 +89,24 @@ def _prefill_kernel(
     scale,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    STACK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
+    OFFSET_TYPE: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One head of TILE_Q queries of one request: first its cached keys, then those of this step.
+    """STACK heads of TILE_Q queries of one request: first its cached keys, then those of this step.
 
-    Requests with a single query are the decode kernel's.
+    The heads share their keys: stacked into one tile, TILE_Q * STACK rows long, they load them
+    once. Row r is query r // STACK and head r % STACK. Requests with a single query are the decode
+    kernel's.
     """
     let_next_start(OVERLAP)
-    head = tl.program_id(0)
+    head = tl.program_id(0) * STACK
     kv_head = head // GROUP
     # The last tiles of a prompt see the most keys: started first, they do not end last.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -110,16 +117,17 @@ def _prefill_kernel(
     if first_query >= query_len or query_len == 1:
         wait_for_previous(OVERLAP)
         return
-    queries = first_query + tl.arange(0, TILE_Q)
+    num_queries = tl.minimum(query_len - first_query, TILE_Q)
+    first_token = (start + first_query).to(tl.int64)
+    rows = tl.arange(0, TILE_Q * STACK)
     dims = tl.arange(0, DIM_BLOCK)
-    is_dim = dims < HEAD_DIM
-    is_query = (queries < query_len)[:, None] & is_dim[None, :]
-    rows = (start + queries).to(tl.int64)[:, None]
+    lanes = tl.arange(0, TILE_K)
+    is_dim = (dims < HEAD_DIM)[None, :]
+    is_row = (rows < num_queries * STACK)[:, None] & is_dim
     k_ptr += start.to(tl.int64) * k_stride + kv_head * HEAD_DIM
     v_ptr += start.to(tl.int64) * v_stride + kv_head * HEAD_DIM
     k_cache_ptr += kv_head * HEAD_DIM
     v_cache_ptr += kv_head * HEAD_DIM
-    lanes = tl.arange(0, TILE_K)
     num_cached = tl.load(seq_lens_ptr + request) - query_len
     table_ptr = block_tables_ptr + request.to(tl.int64) * table_stride
     # Read one tile ahead, here and below, so that the loads of keys and values wait for no other.
@@ -127,54 +135,68 @@ def _prefill_kernel(
     wait_for_previous(OVERLAP)
 
     if head % GROUP == 0:
-        slots = tl.load(slot_mapping_ptr + start + queries, mask=queries < query_len, other=-1)
+        queries = tl.arange(0, TILE_Q)
+        is_query = queries < num_queries
+        slots = tl.load(slot_mapping_ptr + first_token + queries, mask=is_query, other=-1)
         stored = (slots // BLOCK_SIZE) * block_stride + (slots % BLOCK_SIZE) * slot_stride
-        is_stored = (slots >= 0)[:, None] & is_dim[None, :]
-        source = queries.to(tl.int64)[:, None]
-        k = tl.load(k_ptr + source * k_stride + dims[None, :], mask=is_query)
+        is_stored = (slots >= 0)[:, None] & is_dim
+        mask = is_query[:, None] & is_dim
+        tokens = first_query + queries
+        k = tl.load(k_ptr + (tokens * k_stride)[:, None] + dims[None, :], mask=mask)
         tl.store(k_cache_ptr + stored[:, None] + dims[None, :], k, mask=is_stored)
-        v = tl.load(v_ptr + source * v_stride + dims[None, :], mask=is_query)
+        v = tl.load(v_ptr + (tokens * v_stride)[:, None] + dims[None, :], mask=mask)
         tl.store(v_cache_ptr + stored[:, None] + dims[None, :], v, mask=is_stored)
 
-    q_ptrs = q_ptr + rows * q_stride + head * HEAD_DIM + dims[None, :]
-    q = tl.load(q_ptrs, mask=is_query, other=0.0)
-    acc = tl.zeros([TILE_Q, DIM_BLOCK], dtype=tl.float32)
-    row_max = tl.full([TILE_Q], -float("inf"), dtype=tl.float32)
-    row_sum = tl.zeros([TILE_Q], dtype=tl.float32)
+    # Offsets from one pointer, here and at the end: whatever a row keeps, it keeps in a register
+    # through all loops.
+    q_ptr += first_token * q_stride + head * HEAD_DIM
+    row_offsets = rows // STACK * q_stride + rows % STACK * HEAD_DIM
+    q = tl.load(q_ptr + row_offsets[:, None] + dims[None, :], mask=is_row, other=0.0)
+    acc = tl.zeros([TILE_Q * STACK, DIM_BLOCK], dtype=tl.float32)
+    row_max = tl.full([TILE_Q * STACK], -float("inf"), dtype=tl.float32)
+    row_sum = tl.zeros([TILE_Q * STACK], dtype=tl.float32)
 
-    for first_key in range(0, num_cached, TILE_K):
+    # Whole tiles of cached keys need no mask; the rest, if there is one, is a tile of its own.
+    num_whole = num_cached // TILE_K * TILE_K
+    for first_key in tl.range(0, num_whole, TILE_K, num_stages=NUM_STAGES):
         keys = first_key + lanes
-        is_visible = keys < num_cached
-        offsets = block_ids.to(tl.int64) * block_stride + (keys % BLOCK_SIZE) * slot_stride
-        mask = is_visible[:, None] & is_dim[None, :]
-        k = tl.load(k_cache_ptr + offsets[:, None] + dims[None, :], mask=mask, other=0.0)
-        v = tl.load(v_cache_ptr + offsets[:, None] + dims[None, :], mask=mask, other=0.0)
-        next_keys = keys + TILE_K
-        block_ids = tl.load(
-            table_ptr + next_keys // BLOCK_SIZE, mask=next_keys < num_cached, other=0
-        )
+        slots = block_ids.to(OFFSET_TYPE) * block_stride + keys % BLOCK_SIZE * slot_stride
+        k = tl.load(k_cache_ptr + slots[:, None] + dims[None, :], mask=is_dim, other=0.0)
+        v = tl.load(v_cache_ptr + slots[:, None] + dims[None, :], mask=is_dim, other=0.0)
+        keys += TILE_K
+        block_ids = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < num_cached, other=0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores = tl.where(is_visible[None, :], scores, -float("inf"))
+        acc, row_max, row_sum = _online_softmax(scores, scale, v, acc, row_max, row_sum)
+    if num_whole < num_cached:
+        keys = num_whole + lanes
+        is_cached = keys < num_cached
+        slots = block_ids.to(OFFSET_TYPE) * block_stride + keys % BLOCK_SIZE * slot_stride
+        mask = is_cached[:, None] & is_dim
+        k = tl.load(k_cache_ptr + slots[:, None] + dims[None, :], mask=mask, other=0.0)
+        v = tl.load(v_cache_ptr + slots[:, None] + dims[None, :], mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.where(is_cached[None, :], scores, -float("inf"))
         acc, row_max, row_sum = _online_softmax(scores, scale, v, acc, row_max, row_sum)
 
     # Keys of this step come from the packed input, not from the cache: contiguous, and no other
     # program has to have stored them. Before the diagonal every query sees every key.
     num_unmasked = first_query // TILE_K * TILE_K
-    key_offsets = lanes[:, None] * k_stride + dims[None, :]
-    value_offsets = lanes[:, None] * v_stride + dims[None, :]
-    for _ in range(0, num_unmasked, TILE_K):
-        k = tl.load(k_ptr + key_offsets, mask=is_dim[None, :], other=0.0)
+    key_offsets = (lanes * k_stride)[:, None] + dims[None, :]
+    value_offsets = (lanes * v_stride)[:, None] + dims[None, :]
+    for _ in tl.range(0, num_unmasked, TILE_K, num_stages=NUM_STAGES):
+        k = tl.load(k_ptr + key_offsets, mask=is_dim, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        v = tl.load(v_ptr + value_offsets, mask=is_dim[None, :], other=0.0)
+        v = tl.load(v_ptr + value_offsets, mask=is_dim, other=0.0)
         acc, row_max, row_sum = _online_softmax(scores, scale, v, acc, row_max, row_sum)
         k_ptr += TILE_K * k_stride
         v_ptr += TILE_K * v_stride
-    for first_key in range(num_unmasked, tl.minimum(first_query + TILE_Q, query_len), TILE_K):
+    end = first_query + num_queries
+    for first_key in tl.range(num_unmasked, end, TILE_K, num_stages=NUM_STAGES):
         keys = first_key + lanes
-        mask = (keys < query_len)[:, None] & is_dim[None, :]
+        mask = (keys < end)[:, None] & is_dim
         k = tl.load(k_ptr + key_offsets, mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        is_visible = (keys[None, :] <= queries[:, None]) & (keys < query_len)[None, :]
+        is_visible = keys[None, :] <= (first_query + rows // STACK)[:, None]
         scores = tl.where(is_visible, scores, -float("inf"))
         v = tl.load(v_ptr + value_offsets, mask=mask, other=0.0)
         acc, row_max, row_sum = _online_softmax(scores, scale, v, acc, row_max, row_sum)
@@ -182,8 +204,9 @@ def _prefill_kernel(
         v_ptr += TILE_K * v_stride
 
     out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
-    out_ptrs = out_ptr + (rows * NUM_HEADS + head) * HEAD_DIM + dims[None, :]
-    tl.store(out_ptrs, out, mask=is_query)
+    out_ptr += (first_token * NUM_HEADS + head) * HEAD_DIM
+    row_offsets = (rows // STACK * NUM_HEADS + rows % STACK) * HEAD_DIM
+    tl.store(out_ptr + row_offsets[:, None] + dims[None, :], out, mask=is_row)
 
 
 @triton.jit
@@ -322,24 +345,39 @@ def _decode_kernel(
 class _Tiles(NamedTuple):
     """How a kernel cuts its work; chosen by measuring on an H200."""
 
-    queries: int
+    rows: int
+    """Queries times the heads that are stacked."""
     keys: int
     num_warps: int
     num_stages: int
     """Tiles of keys and values on their way from memory while one is computed, plus that one."""
+    max_registers: int | None = None
+    """Of a thread; None leaves it to the compiler."""
 
 
-def _prefill_tiles(dim_block: int, dtype: torch.dtype) -> _Tiles:
+def _prefill_tiles(dim_block: int, dtype: torch.dtype) -> tuple[_Tiles, _Tiles]:
+    """For steps that have not enough rows to fill the device with large tiles, and for others.
+
+    Large tiles read every key half as often. With 128 registers a thread two of them fit on a
+    multiprocessor and one computes weights while the other multiplies (docs/dev/milestone_4.md).
+    """
     if dtype == torch.float32:  # for comparisons, not for speed: no tensor core computes it
-        return _Tiles(queries=16, keys=32, num_warps=4, num_stages=1)
-    return _Tiles(queries=64, keys=64 if dim_block <= 128 else 32, num_warps=4, num_stages=3)
+        tiles = _Tiles(rows=16, keys=32, num_warps=4, num_stages=1)
+        return tiles, tiles
+    if dim_block > 128:
+        tiles = _Tiles(rows=64, keys=32, num_warps=4, num_stages=3)
+        return tiles, tiles
+    return (
+        _Tiles(rows=64, keys=64, num_warps=4, num_stages=3),
+        _Tiles(rows=128, keys=64, num_warps=8, num_stages=2, max_registers=128),
+    )
 
 
 def _decode_tiles(dim_block: int, group_block: int, dtype: torch.dtype) -> _Tiles:
     if dtype == torch.float32:
-        return _Tiles(queries=group_block, keys=32, num_warps=4, num_stages=1)
+        return _Tiles(rows=group_block, keys=32, num_warps=4, num_stages=1)
     keys = 64 if dim_block <= 128 else 32
-    return _Tiles(queries=group_block, keys=keys, num_warps=4, num_stages=2)
+    return _Tiles(rows=group_block, keys=keys, num_warps=4, num_stages=2)
 
 
 class TritonAttention:
@@ -354,7 +392,12 @@ class TritonAttention:
         self.scale = self.head_dim**-0.5 * _LOG2_E
         device, dtype = kv_cache.keys.device, kv_cache.keys.dtype
         self.overlap = overlap_options(device)
-        self.prefill_tiles = _prefill_tiles(self.dim_block, dtype)
+        self.small_tiles, self.large_tiles = _prefill_tiles(self.dim_block, dtype)
+        # As many of a group's heads as divide it and are a power of 2: rows of a tile are one.
+        self.stack = min(self.group & -self.group, _MAX_STACK)
+        # Slots of a cache of less than 2^31 elements, the usual case, take half the registers.
+        is_small = kv_cache.keys[0].numel() < 1 << 31
+        self.offset_type = tl.int32 if is_small else tl.int64
         self.decode_tiles = _decode_tiles(self.dim_block, group_block, dtype)
         self.num_programs = _PROGRAMS_PER_MULTIPROCESSOR * (
             torch.cuda.get_device_properties(device).multi_processor_count
@@ -372,6 +415,11 @@ class TritonAttention:
         """Programs per context, from the size of the batch alone, so that a graph can hold it."""
         num_pairs = num_requests * self.num_kv_heads
         return max(1, min(self.num_programs // num_pairs, MAX_SPLITS))
+
+    def _prefill_tiles_of(self, num_tokens: int) -> _Tiles:
+        """Large tiles if they make at least 1.5 programs per multiprocessor."""
+        num_large = self.num_heads * num_tokens // self.large_tiles.rows
+        return self.large_tiles if 2 * num_large >= self.num_programs else self.small_tiles
 
     def forward(
         self,
@@ -399,9 +447,10 @@ class TritonAttention:
         out: torch.Tensor,
     ) -> None:
         keys, values = self.kv_cache.keys[layer_idx], self.kv_cache.values[layer_idx]
-        tiles, num_requests = self.prefill_tiles, len(metadata.seq_lens)
-        num_tiles = q.shape[0] // tiles.queries + num_requests
-        _prefill_kernel[(self.num_heads, num_tiles)](
+        tiles, num_requests = self._prefill_tiles_of(len(q)), len(metadata.seq_lens)
+        tile_q = tiles.rows // self.stack
+        num_tiles = len(q) // tile_q + num_requests
+        _prefill_kernel[(self.num_heads // self.stack, num_tiles)](
             q,
             k,
             v,
@@ -422,13 +471,16 @@ class TritonAttention:
             self.scale,
             NUM_HEADS=self.num_heads,
             GROUP=self.group,
+            STACK=self.stack,
             HEAD_DIM=self.head_dim,
             DIM_BLOCK=self.dim_block,
             BLOCK_SIZE=self.block_size,
-            TILE_Q=tiles.queries,
+            TILE_Q=tile_q,
             TILE_K=tiles.keys,
+            OFFSET_TYPE=self.offset_type,
+            NUM_STAGES=tiles.num_stages,
             num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            maxnreg=tiles.max_registers,
             **self.overlap,
         )
 
@@ -466,7 +518,7 @@ class TritonAttention:
             self.scale,
             NUM_KV_HEADS=self.num_kv_heads,
             GROUP=self.group,
-            GROUP_BLOCK=tiles.queries,
+            GROUP_BLOCK=tiles.rows,
             HEAD_DIM=self.head_dim,
             DIM_BLOCK=self.dim_block,
             BLOCK_SIZE=self.block_size,
