@@ -44,9 +44,10 @@ class ModelRunner:
         if not scheduler_output.scheduled:
             return SamplerOutput(token_ids=[], logprobs=[])
         batch = self.prepare_inputs(scheduler_output)
-        sampling = self.sampler.prepare([s.request for s in scheduler_output.scheduled])
         hidden = self.model(batch.input_ids, batch.positions, self.attention.forward)
         logits = self.model.compute_logits(hidden[batch.logits_indices])
+        # Behind the launches: the device computes while the host collects the sampling rules.
+        sampling = self.sampler.prepare([s.request for s in scheduler_output.scheduled])
         return self.sampler.sample(logits, sampling).to_host()
 
     def prepare_inputs(self, scheduler_output: SchedulerOutput) -> InputBatch:

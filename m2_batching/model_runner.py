@@ -60,10 +60,11 @@ class ModelRunner:
         if not scheduler_output.scheduled:
             return SamplerOutput(token_ids=[], logprobs=[])
         batch = self.prepare_inputs(scheduler_output)
-        sampling = self.sampler.prepare([s.request for s in scheduler_output.scheduled])
         attend = partial(self.attention.forward, batch.attention)
         hidden = self.model(batch.input_ids, batch.positions, attend)
         logits = self.model.compute_logits(hidden[batch.logits_indices])
+        # Behind the launches: the device computes while the host collects the sampling rules.
+        sampling = self.sampler.prepare([s.request for s in scheduler_output.scheduled])
         return self.sampler.sample(logits, sampling).to_host()
 
     def prepare_inputs(self, scheduler_output: SchedulerOutput) -> InputBatch:
@@ -138,25 +139,28 @@ class ModelRunner:
         self.attention = Attention(self.kv_cache, self.model.kernels)
 
     def _run_largest_step(self) -> None:
-        """Compute as many of the longest prompts as one step takes, in a cache of their size."""
-        max_model_len = self.config.max_model_len
-        num_slots = min(
-            self.config.max_num_batched_tokens // max_model_len, self.config.max_num_seqs
-        )
-        slot_bytes = max_model_len * kv_bytes_per_token(self.model.config, self.model.dtype)
-        self._use_cache(num_slots * slot_bytes)
+        """Compute the prompts that fill a step: the longest, and as many as use its budget up."""
+        budget, max_model_len = self.config.max_num_batched_tokens, self.config.max_model_len
+        num_needed = -(-budget // max_model_len)
+        for prompt_len in {max_model_len, budget // num_needed}:
+            self._run_prompts(min(budget // prompt_len, self.config.max_num_seqs), prompt_len)
+        run_largest_sampling(self.sampler, self.config.max_num_seqs, self.model.dtype)
+
+    def _run_prompts(self, num_slots: int, prompt_len: int) -> None:
+        """One step of prompts in a cache of their number."""
+        token_bytes = kv_bytes_per_token(self.model.config, self.model.dtype)
+        self._use_cache(num_slots * self.config.max_model_len * token_bytes)
         params = SamplingParams(max_tokens=1, temperature=0.0)
         requests = [
             Request(
                 request_id=f"profile-{slot}",
-                prompt_token_ids=[0] * max_model_len,
+                prompt_token_ids=[0] * prompt_len,
                 sampling_params=params,
             )
             for slot in range(num_slots)
         ]
-        scheduled = (ScheduledRequest(r, max_model_len, slot) for slot, r in enumerate(requests))
+        scheduled = (ScheduledRequest(r, prompt_len, slot) for slot, r in enumerate(requests))
         self.execute(SchedulerOutput(scheduled=tuple(scheduled)))
-        run_largest_sampling(self.sampler, self.config.max_num_seqs, self.model.dtype)
 
 
 def contiguous_slots(slots: np.ndarray, max_query_len: int) -> slice | None:

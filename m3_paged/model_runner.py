@@ -58,10 +58,11 @@ class ModelRunner:
         if not scheduler_output.scheduled:
             return SamplerOutput(token_ids=[], logprobs=[])
         batch = self.prepare_inputs(scheduler_output)
-        sampling = self.sampler.prepare([s.request for s in scheduler_output.scheduled])
         attend = partial(self.attention.forward, batch.attention)
         hidden = self.model(batch.input_ids, batch.positions, attend)
         logits = self.model.compute_logits(hidden[batch.logits_indices])
+        # Behind the launches: the device computes while the host collects the sampling rules.
+        sampling = self.sampler.prepare([s.request for s in scheduler_output.scheduled])
         return self.sampler.sample(logits, sampling).to_host()
 
     def prepare_inputs(self, scheduler_output: SchedulerOutput) -> InputBatch:
@@ -138,12 +139,16 @@ class ModelRunner:
         self.attention = Attention(self.kv_cache, self.model.kernels)
 
     def _run_largest_step(self) -> None:
-        """Compute as many of the longest prompts as one step takes, in a cache of their size."""
-        max_model_len = self.config.max_model_len
-        num_blocks = -(-max_model_len // self.config.block_size)
-        num_requests = min(
-            self.config.max_num_batched_tokens // max_model_len, self.config.max_num_seqs
-        )
+        """Compute the prompts that fill a step: the longest, and as many as use its budget up."""
+        budget, max_model_len = self.config.max_num_batched_tokens, self.config.max_model_len
+        num_needed = -(-budget // max_model_len)
+        for prompt_len in {max_model_len, budget // num_needed}:
+            self._run_prompts(min(budget // prompt_len, self.config.max_num_seqs), prompt_len)
+        run_largest_sampling(self.sampler, self.config.max_num_seqs, self.model.dtype)
+
+    def _run_prompts(self, num_requests: int, prompt_len: int) -> None:
+        """One step of prompts in a cache of their number."""
+        num_blocks = -(-self.config.max_model_len // self.config.block_size)
         block_bytes = self.config.block_size * kv_bytes_per_token(
             self.model.config, self.model.dtype
         )
@@ -153,16 +158,15 @@ class ModelRunner:
             ScheduledRequest(
                 Request(
                     request_id=f"profile-{index}",
-                    prompt_token_ids=[0] * max_model_len,
+                    prompt_token_ids=[0] * prompt_len,
                     sampling_params=params,
                 ),
-                max_model_len,
+                prompt_len,
                 tuple(range(index * num_blocks, (index + 1) * num_blocks)),
             )
             for index in range(num_requests)
         )
         self.execute(SchedulerOutput(scheduled=scheduled, block_copies=()))
-        run_largest_sampling(self.sampler, self.config.max_num_seqs, self.model.dtype)
 
 
 def pad_block_tables(scheduled: tuple[ScheduledRequest, ...]) -> np.ndarray:

@@ -32,7 +32,9 @@ class AttentionMetadata:
     slot_mapping: torch.Tensor
     """[num_tokens] int64, block id * block_size + offset of each token; -1 is not stored"""
     min_query_len: int
+    """Of all requests, like the next two; a captured step knows its own bounds only."""
     max_query_len: int
+    max_seq_len: int
 
 
 class Attention(Protocol):

@@ -12,6 +12,17 @@ from folovllm.transfer import upload
 from .scheduler import ScheduledRequest
 
 
+class LastBlocks(NamedTuple):
+    """Where a step's requests are in BlockTables, and the blocks that they write to last."""
+
+    rows: np.ndarray
+    """[num_requests] int64"""
+    entries: np.ndarray
+    """[num_requests] int64, of the last block, in the flattened tables"""
+    block_ids: np.ndarray
+    """[num_requests] int32, that belong there"""
+
+
 class _Copy(NamedTuple):
     """Whose table a row holds."""
 
@@ -40,10 +51,11 @@ class BlockTables:
         self.copies: dict[str, _Copy] = {}
         self.free_rows = list(range(num_rows))
 
-    def assign(self, scheduled: Sequence[ScheduledRequest]) -> np.ndarray:
-        """[num_requests] int64: the row of each request; copies those that must be copied whole.
+    def assign(self, scheduled: Sequence[ScheduledRequest]) -> LastBlocks:
+        """Give every request a row, and copy the rows that must be copied whole.
 
-        The entries that single-token requests write to this step are left to the caller.
+        The entries of last blocks are written on the host only: to the device they travel with
+        the step.
         """
         copies = [self.copies.get(s.request.request_id) for s in scheduled]
         stale = [
@@ -54,7 +66,11 @@ class BlockTables:
         if stale:
             self._copy(stale)
             copies = [self.copies[s.request.request_id] for s in scheduled]
-        return np.array([copy.row for copy in copies if copy], dtype=np.int64)
+        rows = np.array([copy.row for copy in copies if copy], dtype=np.int64)
+        last_columns = np.array([len(s.block_table) - 1 for s in scheduled])
+        block_ids = np.array([s.block_table[-1] for s in scheduled], dtype=np.int32)
+        self.host[rows, last_columns] = block_ids
+        return LastBlocks(rows, rows * self.num_columns + last_columns, block_ids)
 
     def _copy(self, stale: Sequence[ScheduledRequest]) -> None:
         num_new = sum(s.request.request_id not in self.copies for s in stale)

@@ -8,19 +8,20 @@ and a step is padded to the next captured shape.
 import gc
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from folovllm.sampling.tensors import Noise
-from folovllm.transfer import aligned_offsets
+from folovllm.transfer import PinnedColumns
 
-from .input_batch import HostBatch, InputBatch
+from .block_tables import BlockTables
+from .input_batch import HostBatch, InputBatch, empty_batch, paddings
 
-RunStepFn = Callable[[InputBatch, Noise, torch.Tensor], torch.Tensor]
+RunStepFn = Callable[[InputBatch[torch.Tensor], Noise, torch.Tensor], torch.Tensor]
 """(batch, noise, logits [num_requests, vocab_size], written) -> choices [2, num_requests]."""
 
 
@@ -44,41 +45,71 @@ def prompt_shapes(max_len: int) -> list[StepShape]:
     return [StepShape(length, 1) for length in (*shorter, *([max_len] if max_len > 1 else []))]
 
 
-class PinnedColumns:
-    """Named by position: arrays of fixed length in pinned host memory, and their twins."""
+class Graph(Protocol):
+    """Launches that were recorded."""
 
-    def __init__(self, lengths: Sequence[int], dtypes: Sequence[Any], device: torch.device) -> None:
-        sizes = [n * np.dtype(dtype).itemsize for n, dtype in zip(lengths, dtypes, strict=True)]
-        *offsets, end = aligned_offsets(sizes)
-        self._pinned = torch.zeros(end, dtype=torch.uint8, pin_memory=True)
-        self._twin = torch.zeros(end, dtype=torch.uint8, device=device)
-        self.host: list[np.ndarray] = []
-        self.device: list[torch.Tensor] = []
-        for offset, size, dtype in zip(offsets, sizes, dtypes, strict=True):
-            window = slice(offset, offset + size)
-            self.host.append(self._pinned.numpy()[window].view(dtype))
-            torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-            self.device.append(self._twin[window].view(torch_dtype))
+    def replay(self) -> None: ...
 
-    def upload(self, columns: Iterable[np.ndarray], paddings: Iterable[int]) -> None:
-        """Fill the front with `columns` and the rest with `paddings`, in one copy.
 
-        What there is no column for is left out. The copy before must be done: an engine waits for
-        every step's tokens, so it is.
-        """
-        for target, values, padding in zip(self.host, columns, paddings, strict=False):
-            target[: len(values)] = values
-            if len(values) < len(target):
-                target[len(values) :] = padding
-        self._twin.copy_(self._pinned, non_blocking=True)
+class GraphRecorder:
+    """Records launches, all on one stream and into one pool of memory.
+
+    Only one graph runs at a time, so they may share memory; and the matrix library keeps a
+    workspace for every stream that it has seen.
+    """
+
+    num_bytes: int = 0
+    """Device memory that the graphs took, once the session is over."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Around all recordings: nothing else may happen to the device's memory."""
+        gc.collect()
+        was_enabled = gc.isenabled()
+        # Graphs of an engine that is gone must not be destroyed while another one is recorded.
+        gc.disable()
+        try:
+            torch.cuda.empty_cache()  # recording does it too: it would hide what graphs take
+            free_before, _ = torch.cuda.mem_get_info(self.device)
+            yield
+            torch.cuda.synchronize(self.device)
+            free_after, _ = torch.cuda.mem_get_info(self.device)
+            self.num_bytes = free_before - free_after
+        finally:
+            if was_enabled:
+                gc.enable()
+
+    def record(self, run: Callable[[], object]) -> Graph:
+        """Run once, which compiles kernels and loads libraries, then again to record it."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            run()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            run()
+        return graph
 
 
 class StepGraph:
     """A step of one shape, ready to be filled and replayed."""
 
-    def __init__(self, shape: StepShape, logits: torch.Tensor) -> None:
+    def __init__(
+        self,
+        shape: StepShape,
+        block_tables: BlockTables,
+        logits: torch.Tensor,
+        run_step: RunStepFn,
+        recorder: GraphRecorder,
+    ) -> None:
         """logits: see StepGraphs."""
         num_tokens, num_requests = shape
+        self.block_tables = block_tables
         self.logits = logits[:num_requests]
         """[num_requests, vocab_size], of the last replay of any shape."""
         self.choices = torch.empty((2, num_requests), dtype=torch.int64, device=logits.device)
@@ -86,26 +117,26 @@ class StepGraph:
         is_decode = num_tokens == num_requests
         # In a decode step request i is row i, always: nothing to upload.
         lengths = [num_tokens] * 3 + [num_requests] * 4 + ([] if is_decode else [num_requests + 1])
-        dtypes = HostBatch.dtypes()[: len(lengths)]
+        dtypes = [column.dtype for column in empty_batch().columns[: len(lengths)]]
         self._inputs = PinnedColumns(lengths, dtypes, logits.device)
         rows = torch.arange(num_requests + 1, dtype=torch.int32, device=logits.device)
-        self.batch = InputBatch(
-            *self._inputs.device,
-            *([rows] if is_decode else []),
-            # A prompt of one token is a decode step, so that a graph launches one kernel.
-            min_query_len=1 if is_decode else 2,
-            max_query_len=1 if is_decode else num_tokens,
+        # A prompt of one token is a decode step, so that a graph launches one kernel.
+        query_lens = (1, 1) if is_decode else (2, num_tokens)
+        columns = [*self._inputs.device, *([rows] if is_decode else [])]
+        self.batch = InputBatch[torch.Tensor]._make([*columns, *query_lens, num_tokens])
+        self._noise = PinnedColumns(
+            [num_requests] * 3, [np.float32, np.int64, np.int64], logits.device
         )
-        noise_dtypes = (np.float32, np.int64, np.int64)
-        self._noise = PinnedColumns([num_requests] * 3, noise_dtypes, logits.device)
         self.noise = Noise(*self._noise.device)
         self._is_greedy = True
-        self.graph = torch.cuda.CUDAGraph()
+        self.fill(empty_batch())
+        self.graph = recorder.record(
+            lambda: self.choices.copy_(run_step(self.batch, self.noise, self.logits))
+        )
 
-    def fill(self, host_batch: HostBatch) -> InputBatch:
+    def fill(self, batch: HostBatch) -> None:
         """Put a step's inputs where the graph reads them."""
-        self._inputs.upload(host_batch.columns(), host_batch.paddings())
-        return self.batch
+        self._inputs.upload(batch.columns, paddings(len(batch.input_ids), self.block_tables))
 
     def set_noise(self, noise: Sequence[np.ndarray]) -> None:
         """noise: as `Sampler.collect_noise` returns it; empty for a batch of greedy requests."""
@@ -115,7 +146,7 @@ class StepGraph:
 
 
 class StepGraphs:
-    """Captured steps of several shapes, which share their memory.
+    """Captured steps of several shapes.
 
     Capturing happens at start-up, largest shape first, so that smaller ones fit into the memory of
     the larger, and no request waits for it.
@@ -124,51 +155,32 @@ class StepGraphs:
     def __init__(
         self,
         shapes: Sequence[StepShape],
-        nothing: HostBatch,
+        block_tables: BlockTables,
         logits: torch.Tensor,
         run_step: RunStepFn,
+        recorder: GraphRecorder,
     ) -> None:
-        """nothing: a batch without requests, whose paddings fill graphs while they are recorded.
+        """logits: [most requests of a shape, vocab_size], where every shape writes its logits.
 
-        logits: [most requests of a shape, vocab_size], where every shape writes its logits.
         ValueError if the device's memory does not suffice.
         """
         start = time.perf_counter()
         self.graphs: dict[StepShape, StepGraph] = {}
         self._decode_shapes = sorted(s for s in shapes if s.num_tokens == s.num_requests)
         self._prompt_shapes = sorted(s for s in shapes if s.num_tokens > s.num_requests)
-        # One stream for all: the matrix library keeps a workspace for every stream it has seen.
-        stream, pool = torch.cuda.Stream(logits.device), torch.cuda.graph_pool_handle()
         try:
-            with _without_garbage_collection():
-                torch.cuda.empty_cache()  # capturing does it too: it would hide what graphs take
-                free_before, _ = torch.cuda.mem_get_info(logits.device)
+            with recorder.session():
                 for shape in sorted(shapes, reverse=True):
-                    self.graphs[shape] = StepGraph(shape, logits)
-                    self.graphs[shape].fill(nothing)
-                    self._capture(self.graphs[shape], run_step, stream, pool)
+                    self.graphs[shape] = StepGraph(shape, block_tables, logits, run_step, recorder)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"no memory is left to capture CUDA graphs of up to {max(shapes).num_tokens} "
                 f"tokens; lower kv_cache_bytes, gpu_memory_utilization, max_graph_size or "
                 f"max_graph_prompt_len, or set enforce_eager"
             ) from error
-        torch.cuda.synchronize(logits.device)
-        free_after, _ = torch.cuda.mem_get_info(logits.device)
         self.capture_s = time.perf_counter() - start
-        self.num_bytes = free_before - free_after
+        self.num_bytes = recorder.num_bytes
         """Device memory that the graphs took."""
-
-    def _capture(
-        self, graph: StepGraph, run_step: RunStepFn, stream: torch.cuda.Stream, pool: Any
-    ) -> None:
-        """Run the step once, which compiles kernels and loads libraries, then record it."""
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run_step(graph.batch, graph.noise, graph.logits)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph.graph, pool=pool, stream=stream):
-            graph.choices.copy_(run_step(graph.batch, graph.noise, graph.logits))
 
     def find(self, num_tokens: int, num_requests: int) -> StepGraph | None:
         """The graph of the smallest shape that holds such a step; None if there is none."""
@@ -180,22 +192,3 @@ class StepGraphs:
             return None
         index = bisect_left(shapes, (num_tokens, num_requests))
         return self.graphs[shapes[index]] if index < len(shapes) else None
-
-    def reading(self, batch: InputBatch) -> StepGraph | None:
-        """The graph whose buffers this batch is; None if it is no graph's."""
-        shape = StepShape(len(batch.input_ids), len(batch.seq_lens))
-        graph = self.graphs.get(shape)
-        return graph if graph is not None and graph.batch is batch else None
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Graphs of an engine that is gone must not be destroyed while another one is recorded."""
-    gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

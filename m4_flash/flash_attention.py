@@ -416,10 +416,15 @@ class TritonAttention:
         num_pairs = num_requests * self.num_kv_heads
         return max(1, min(self.num_programs // num_pairs, MAX_SPLITS))
 
-    def _prefill_tiles_of(self, num_tokens: int) -> _Tiles:
-        """Large tiles if they make at least 1.5 programs per multiprocessor."""
+    def _prefill_tiles_of(self, metadata: AttentionMetadata, num_tokens: int) -> _Tiles:
+        """Large tiles where there are enough of them to fill the device evenly.
+
+        Programs behind a long context take about the same time, those of prompts do not.
+        """
         num_large = self.num_heads * num_tokens // self.large_tiles.rows
-        return self.large_tiles if 2 * num_large >= self.num_programs else self.small_tiles
+        is_even = metadata.max_seq_len > 2 * metadata.max_query_len
+        least = self.num_programs // 2 if is_even else 3 * self.num_programs
+        return self.large_tiles if num_large >= least else self.small_tiles
 
     def forward(
         self,
@@ -447,7 +452,7 @@ class TritonAttention:
         out: torch.Tensor,
     ) -> None:
         keys, values = self.kv_cache.keys[layer_idx], self.kv_cache.values[layer_idx]
-        tiles, num_requests = self._prefill_tiles_of(len(q)), len(metadata.seq_lens)
+        tiles, num_requests = self._prefill_tiles_of(metadata, len(q)), len(metadata.seq_lens)
         tile_q = tiles.rows // self.stack
         num_tiles = len(q) // tile_q + num_requests
         _prefill_kernel[(self.num_heads // self.stack, num_tiles)](

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
 
 from folovllm.interfaces import SamplerOutput
@@ -21,8 +20,8 @@ from .attention import AttentionMetadata, TorchAttention
 from .attention_backends import select_attention
 from .block_tables import BlockTables
 from .config import EngineConfig
-from .cuda_graph import StepGraph, StepGraphs, decode_shapes, prompt_shapes
-from .input_batch import HostBatch, InputBatch
+from .cuda_graph import GraphRecorder, StepGraph, StepGraphs, decode_shapes, prompt_shapes
+from .input_batch import InputBatch, gather_batch
 from .kv_cache import KVCache
 from .scheduler import ScheduledRequest, SchedulerOutput
 
@@ -44,7 +43,7 @@ class ModelRunner:
         # The reference asks the device for lengths, which a captured step cannot.
         can_capture = not isinstance(self.attention, TorchAttention)
         if model.device.type == "cuda" and can_capture and not config.enforce_eager:
-            self.graphs = self._capture()
+            self.graphs = self._capture(GraphRecorder(model.device))
 
     @torch.inference_mode()
     def execute(self, scheduler_output: SchedulerOutput) -> SamplerOutput:
@@ -53,32 +52,33 @@ class ModelRunner:
         if not scheduler_output.scheduled:
             return SamplerOutput(token_ids=[], logprobs=[])
         requests = [s.request for s in scheduler_output.scheduled]
-        batch = self.prepare_inputs(scheduler_output)
-        graph = self.graphs.reading(batch) if self.graphs else None
-        if graph is not None:
-            return self._replay(graph, requests)
+        step = self.prepare_inputs(scheduler_output)
+        if isinstance(step, StepGraph):
+            return self._replay(step, requests)
+        logits = self._compute_logits(step)
+        # Behind the launches: the device computes while the host collects the sampling rules.
         sampling = self.sampler.prepare(requests)
-        return self.sampler.sample(self._compute_logits(batch), sampling).to_host()
+        return self.sampler.sample(logits, sampling).to_host()
 
-    def prepare_inputs(self, scheduler_output: SchedulerOutput) -> InputBatch:
+    def prepare_inputs(
+        self, scheduler_output: SchedulerOutput
+    ) -> InputBatch[torch.Tensor] | StepGraph:
         """Gather what the model reads, on the host, and upload it in one copy.
 
         Rows of the block tables that must be copied whole travel before it. A small step lands in
-        the buffers of a captured graph, if there is one of its shape.
+        the buffers of the captured graph of its shape, which is returned, if there is one.
         """
         scheduled = scheduler_output.scheduled
-        host = HostBatch.gather(scheduled, self.block_tables, self.config.block_size)
-        graph = self.graphs.find(host.num_tokens, host.num_requests) if self.graphs else None
+        batch = gather_batch(scheduled, self.block_tables, self.config.block_size)
+        graph = self.graphs.find(len(batch.input_ids), len(scheduled)) if self.graphs else None
         if graph is not None:
-            return graph.fill(host)
-        query_lens = np.diff(host.cu_seqlens_q)
-        return InputBatch(
-            *upload(host.columns(), self.model.device),
-            min_query_len=int(query_lens.min()),
-            max_query_len=int(query_lens.max()),
-        )
+            graph.fill(batch)
+            return graph
+        return InputBatch._make([*upload(batch.columns, self.model.device), *batch[8:]])
 
-    def _compute_logits(self, batch: InputBatch, out: torch.Tensor | None = None) -> torch.Tensor:
+    def _compute_logits(
+        self, batch: InputBatch[torch.Tensor], out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[num_requests, vocab_size], of each request's last token; into `out` if given."""
         tables = self.block_tables.device
         tables.view(-1).index_copy_(0, batch.table_entries, batch.last_block_ids)
@@ -89,6 +89,7 @@ class ModelRunner:
             slot_mapping=batch.slot_mapping,
             min_query_len=batch.min_query_len,
             max_query_len=batch.max_query_len,
+            max_seq_len=batch.max_seq_len,
         )
         attend = partial(self.attention.forward, metadata)
         hidden = self.model(batch.input_ids, batch.positions, attend)
@@ -104,25 +105,27 @@ class ModelRunner:
             choices = graph.choices.cpu()[:, : len(requests)]
             return SampledTokens(choices, logprobs=None).to_host()
         # Rules beyond temperature depend on the requests' histories: they run behind the graph.
-        sampling = self.sampler.prepare(requests)
         graph.graph.replay()
+        sampling = self.sampler.prepare(requests)
         return self.sampler.sample(graph.logits[: len(requests)], sampling).to_host()
 
     @torch.inference_mode()
-    def _capture(self) -> StepGraphs:
+    def _capture(self, recorder: GraphRecorder) -> StepGraphs:
         config = self.config
         max_size = min(config.max_graph_size, config.max_num_seqs)
         max_prompt_len = min(config.max_graph_prompt_len, config.max_model_len)
         shapes = decode_shapes(max_size) + prompt_shapes(max_prompt_len)
         choose_tokens = select_choose_tokens(self.model.device)
 
-        def run_step(batch: InputBatch, noise: Noise, logits: torch.Tensor) -> torch.Tensor:
+        def run_step(
+            batch: InputBatch[torch.Tensor], noise: Noise, logits: torch.Tensor
+        ) -> torch.Tensor:
             self._compute_logits(batch, logits)
             return choose_tokens(logits, noise.temperatures, noise.seeds, noise.positions)
 
         vocab_size, model = self.model.config.vocab_size, self.model
         logits = torch.empty((max_size, vocab_size), dtype=model.dtype, device=model.device)
-        return StepGraphs(shapes, HostBatch.nothing(self.block_tables), logits, run_step)
+        return StepGraphs(shapes, self.block_tables, logits, run_step, recorder)
 
     def _use_cache(self, num_bytes: int) -> None:
         self.kv_cache = KVCache(self.config, self.model, num_bytes)
@@ -131,12 +134,16 @@ class ModelRunner:
         self.block_tables = BlockTables(self.config.max_num_seqs, num_columns, self.model.device)
 
     def _run_largest_step(self) -> None:
-        """Compute as many of the longest prompts as one step takes, in a cache of their size."""
-        max_model_len = self.config.max_model_len
-        num_blocks = -(-max_model_len // self.config.block_size)
-        num_requests = min(
-            self.config.max_num_batched_tokens // max_model_len, self.config.max_num_seqs
-        )
+        """Compute the prompts that fill a step: the longest, and as many as use its budget up."""
+        budget, max_model_len = self.config.max_num_batched_tokens, self.config.max_model_len
+        num_needed = -(-budget // max_model_len)
+        for prompt_len in {max_model_len, budget // num_needed}:
+            self._run_prompts(min(budget // prompt_len, self.config.max_num_seqs), prompt_len)
+        run_largest_sampling(self.sampler, self.config.max_num_seqs, self.model.dtype)
+
+    def _run_prompts(self, num_requests: int, prompt_len: int) -> None:
+        """One step of prompts in a cache of their number."""
+        num_blocks = -(-self.config.max_model_len // self.config.block_size)
         block_bytes = self.config.block_size * kv_bytes_per_token(
             self.model.config, self.model.dtype
         )
@@ -146,13 +153,12 @@ class ModelRunner:
             ScheduledRequest(
                 Request(
                     request_id=f"profile-{index}",
-                    prompt_token_ids=[0] * max_model_len,
+                    prompt_token_ids=[0] * prompt_len,
                     sampling_params=params,
                 ),
-                max_model_len,
+                prompt_len,
                 range(index * num_blocks, (index + 1) * num_blocks),
             )
             for index in range(num_requests)
         )
         self.execute(SchedulerOutput(scheduled=scheduled, block_copies=()))
-        run_largest_sampling(self.sampler, self.config.max_num_seqs, self.model.dtype)

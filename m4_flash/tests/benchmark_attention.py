@@ -114,6 +114,7 @@ def make_inputs(case: Case, cache: Cache) -> Inputs:
         slot_mapping=(block_ids * case.block_size + positions % case.block_size).view(-1),
         min_query_len=case.query_len,
         max_query_len=case.query_len,
+        max_seq_len=case.seq_len,
     )
     return Inputs(q, k, v, metadata)
 

@@ -1,4 +1,7 @@
-"""Engines with and without graphs side by side, and what they replayed: for the tests of both."""
+"""Engines with and without graphs side by side, and what they replayed: for the tests of both.
+
+On a CPU graphs are fakes that run the recorded step again.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +14,9 @@ from folovllm.model.loader import load_model
 from folovllm.model.transformer import CausalLM
 from folovllm.request import SamplingParams
 from folovllm.testing.driver import drain, make_requests, random_prompts
+from folovllm.testing.fake_graphs import FakeGraphRecorder
 from folovllm.testing.toy_models import toy_families, write_toy_model
-from m4_flash.config import EngineConfig
+from m4_flash.config import AttentionBackend, EngineConfig
 from m4_flash.cuda_graph import StepGraphs, decode_shapes, prompt_shapes
 from m4_flash.engine import LLMEngine
 from m4_flash.tests.mixed_steps import DEVICES, needs_cuda
@@ -63,7 +67,11 @@ def make_engine(model: CausalLM, num_blocks: int = 320, **options) -> LLMEngine:
         }
     )
     engine = LLMEngine(config, model)
-    engine.model_runner.kv_cache.kv.fill_(float("nan"))
+    runner = engine.model_runner
+    is_wanted = not config.enforce_eager and config.attention_backend is AttentionBackend.AUTO
+    if model.device.type == "cpu" and is_wanted:
+        runner.graphs = runner._capture(FakeGraphRecorder())
+    runner.kv_cache.kv.fill_(float("nan"))
     return engine
 
 
@@ -81,19 +89,16 @@ def planned_graphs(config: EngineConfig) -> StepGraphs:
 
 
 class Replays:
-    """What an engine replays from graphs.
-
-    On a CPU what it would replay, so that what a test expects is checked there as well.
-    """
+    """What an engine replays from graphs."""
 
     def __init__(self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.decodes: list[tuple[int, int]] = []
         """(requests that the graph holds, requests that it served) per step"""
         self.prompts: list[tuple[int, int]] = []
         """(tokens that the graph holds, tokens of the prompt) per step"""
-        runner, planned = engine.model_runner, planned_graphs(engine.config)
+        runner = engine.model_runner
         replay, prepare_inputs = runner._replay, runner.prepare_inputs
-        assert (runner.graphs is not None) == (runner.model.device.type == "cuda")
+        assert runner.graphs is not None
         num_tokens = num_requests = 0
 
         def record(shape: tuple[int, int]) -> None:
@@ -107,9 +112,6 @@ class Replays:
             nonlocal num_tokens, num_requests
             num_tokens = sum(s.num_scheduled_tokens for s in scheduler_output.scheduled)
             num_requests = len(scheduler_output.scheduled)
-            shape = planned.find(num_tokens, num_requests)
-            if runner.graphs is None and shape is not None:
-                record(shape)
             return prepare_inputs(scheduler_output)
 
         def recorded_replay(graph, requests):

@@ -13,6 +13,7 @@ from folovllm.request import SamplingParams
 from folovllm.testing.driver import make_requests
 from m4_flash.attention import Attention, AttentionMetadata
 from m4_flash.config import EngineConfig
+from m4_flash.cuda_graph import StepGraph
 from m4_flash.input_batch import InputBatch
 from m4_flash.model_runner import ModelRunner
 from m4_flash.scheduler import ScheduledRequest, SchedulerOutput
@@ -95,8 +96,8 @@ def make_mixed_step(runner: ModelRunner, shares: Sequence[tuple[int, int]]) -> M
     expected = [
         causal_attention(part, *history) for part, history in zip(queries, histories, strict=True)
     ]
-    batch = runner.prepare_inputs(SchedulerOutput(tuple(scheduled), ()))
-    metadata = metadata_of(runner, batch)
+    step = runner.prepare_inputs(SchedulerOutput(tuple(scheduled), ()))
+    metadata = metadata_of(runner, step.batch if isinstance(step, StepGraph) else step)
     return MixedStep(metadata, q, k, v, torch.cat(expected), histories, slots)
 
 
@@ -111,6 +112,7 @@ def metadata_of(runner: ModelRunner, batch: InputBatch) -> AttentionMetadata:
         slot_mapping=batch.slot_mapping,
         min_query_len=batch.min_query_len,
         max_query_len=batch.max_query_len,
+        max_seq_len=batch.max_seq_len,
     )
 
 

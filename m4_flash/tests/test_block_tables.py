@@ -37,6 +37,10 @@ def share(request_id: str, table: list[int], num_tokens: int = 1) -> ScheduledRe
     return ScheduledRequest(request, num_tokens, table)
 
 
+def rows_of(tables: BlockTables, scheduled: list[ScheduledRequest]) -> np.ndarray:
+    return tables.assign(scheduled).rows
+
+
 def check_rows(tables: BlockTables, rows: np.ndarray, scheduled: list[ScheduledRequest]) -> None:
     """Everybody has a row of its own that says the same on both sides."""
     assert rows.dtype == np.int64
@@ -50,7 +54,7 @@ def check_rows(tables: BlockTables, rows: np.ndarray, scheduled: list[ScheduledR
 def test_new_requests_get_rows_that_agree_on_host_and_device() -> None:
     tables = CountedTables(num_rows=3)
     scheduled = [share("a", [7, 2, 5], 9), share("b", [3], 1)]
-    rows = tables.assign(scheduled)
+    rows = rows_of(tables, scheduled)
     check_rows(tables, rows, scheduled)
     assert tables.copied == [["a", "b"]]
     assert tables.device.dtype == torch.int32
@@ -61,32 +65,33 @@ def test_new_requests_get_rows_that_agree_on_host_and_device() -> None:
 def test_row_follows_the_request_and_not_its_place_in_the_batch() -> None:
     tables = CountedTables(num_rows=3)
     a, b, c = share("a", [0]), share("b", [1]), share("c", [2])
-    row_a, row_b, row_c = tables.assign([a, b, c])
-    assert tables.assign([c, a]).tolist() == [row_c, row_a]
-    assert tables.assign([b]).tolist() == [row_b]
+    row_a, row_b, row_c = rows_of(tables, [a, b, c])
+    assert rows_of(tables, [c, a]).tolist() == [row_c, row_a]
+    assert rows_of(tables, [b]).tolist() == [row_b]
     assert len(tables.copied) == 1
 
 
 def test_single_token_of_a_known_request_copies_nothing() -> None:
     tables = CountedTables(num_rows=2)
     table = [7, 2]
-    (row,) = tables.assign([share("a", table, 8)])
+    (row,) = rows_of(tables, [share("a", table, 8)])
     table.append(5)  # as the manager grows it, and copy on write replaces its last entry
-    assert tables.assign([share("a", table)]).tolist() == [row]
+    assert rows_of(tables, [share("a", table)]).tolist() == [row]
     table[-1] = 6
-    tables.assign([share("a", table)])
+    rows_of(tables, [share("a", table)])
     assert tables.copied == [["a"]]
-    # That entry is the caller's to write.
+    # To the device that entry travels with the step.
     assert tables.device[row].tolist() == [7, 2, 0, 0]
+    assert tables.host[row].tolist() == [7, 2, 6, 0]
 
 
 def test_several_tokens_of_a_known_request_copy_its_row() -> None:
     tables = CountedTables(num_rows=2)
     table = [7]
-    tables.assign([share("a", table, 3), share("b", [1])])
+    rows_of(tables, [share("a", table, 3), share("b", [1])])
     table += [2, 5]
     scheduled = [share("a", table, 6)]
-    check_rows(tables, tables.assign(scheduled), scheduled)
+    check_rows(tables, rows_of(tables, scheduled), scheduled)
     assert tables.copied == [["a", "b"], ["a"]]
 
 
@@ -94,10 +99,10 @@ def test_table_that_is_another_list_is_copied_whole_even_if_it_is_equal() -> Non
     """Swapped or forked: that the blocks happen to be the same could not be known cheaply."""
     tables = CountedTables(num_rows=2)
     table, other = [7, 2], share("b", [1])
-    (row, _) = tables.assign([share("a", table), other])
+    (row, _) = rows_of(tables, [share("a", table), other])
     for replaced in ([4, 9], [4, 9], [4, 9, 3]):
         scheduled = [share("a", replaced), other]
-        rows = tables.assign(scheduled)
+        rows = rows_of(tables, scheduled)
         assert rows[0] == row
         check_rows(tables, rows, scheduled)
     assert tables.copied == [["a", "b"], ["a"], ["a"], ["a"]]
@@ -109,22 +114,22 @@ LEFT = [RequestStatus.FINISHED, RequestStatus.SWAPPED, RequestStatus.WAITING]
 def test_shorter_table_in_a_reused_row_leaves_only_its_own_entries_valid() -> None:
     tables = CountedTables(num_rows=1)
     gone = share("gone", [7, 2, 5, 8], 16)
-    tables.assign([gone])
+    rows_of(tables, [gone])
     gone.request.status = RequestStatus.FINISHED
     scheduled = [share("new", [4], 2)]
-    check_rows(tables, tables.assign(scheduled), scheduled)
+    check_rows(tables, rows_of(tables, scheduled), scheduled)
 
 
 @pytest.mark.parametrize("status", LEFT)
 def test_rows_of_requests_that_do_not_run_are_reused_when_rows_run_out(status) -> None:
     tables = CountedTables(num_rows=3)
     kept, gone = share("kept", [0]), share("gone", [1])
-    (row, gone_row) = tables.assign([kept, gone])
+    (row, gone_row) = rows_of(tables, [kept, gone])
     gone.request.status = status
-    tables.assign([kept, share("third", [5])])
+    rows_of(tables, [kept, share("third", [5])])
     assert tables.copies.keys() == {"kept", "gone", "third"}, "nobody needed the row"
     scheduled = [kept, share("new", [2])]
-    rows = tables.assign(scheduled)
+    rows = rows_of(tables, scheduled)
     assert rows.tolist() == [row, gone_row]
     check_rows(tables, rows, scheduled)
     assert tables.copies.keys() == {"kept", "third", "new"}
@@ -137,13 +142,13 @@ def test_request_that_ran_before_is_copied_when_it_is_back(status) -> None:
     for others in ([], [share("other", [9])]):
         tables = CountedTables(num_rows=1)
         first = share("back", [3, 4], 5)
-        tables.assign([first])
+        rows_of(tables, [first])
         first.request.status = status
         for other in others:
-            tables.assign([other])
+            rows_of(tables, [other])
             other.request.status = RequestStatus.FINISHED
         scheduled = [share("back", [6, 1])]
-        check_rows(tables, tables.assign(scheduled), scheduled)
+        check_rows(tables, rows_of(tables, scheduled), scheduled)
         assert tables.copied[-1] == ["back"]
 
 
@@ -151,13 +156,13 @@ def test_running_request_keeps_its_row_through_steps_without_it() -> None:
     """A step of prompts alone does not name those that only decode."""
     tables = CountedTables(num_rows=2)
     decoding, gone = share("decoding", [3]), share("gone", [1])
-    (row, _) = tables.assign([decoding, gone])
+    (row, _) = rows_of(tables, [decoding, gone])
     gone.request.status = RequestStatus.FINISHED
     prompt = share("new", [2], 2)
-    tables.assign([prompt])
+    rows_of(tables, [prompt])
     assert tables.copied[1:] == [["new"]]
     scheduled = [decoding, ScheduledRequest(prompt.request, 1, prompt.block_table)]
-    rows = tables.assign(scheduled)
+    rows = rows_of(tables, scheduled)
     assert rows[0] == row
     check_rows(tables, rows, scheduled)
     assert len(tables.copied) == 2
@@ -166,10 +171,10 @@ def test_running_request_keeps_its_row_through_steps_without_it() -> None:
 def test_id_that_is_used_again_gets_the_new_requests_table() -> None:
     tables = CountedTables(num_rows=3)
     first = share("a", [7, 2], 5)
-    (row,) = tables.assign([first])
+    (row,) = rows_of(tables, [first])
     first.request.status = RequestStatus.FINISHED
     scheduled = [share("a", [8])]
-    rows = tables.assign(scheduled)
+    rows = rows_of(tables, scheduled)
     assert rows.tolist() == [row]
     check_rows(tables, rows, scheduled)
 
@@ -178,11 +183,11 @@ def test_id_that_is_used_again_just_when_rows_run_out() -> None:
     """The row of the id's first request is given away, and its heir gets a row as well."""
     tables = CountedTables(num_rows=2)
     first, other = share("a", [7]), share("other", [1])
-    tables.assign([first, other])
+    rows_of(tables, [first, other])
     for gone in (first, other):
         gone.request.status = RequestStatus.FINISHED
     scheduled = [share("a", [8, 3], 7), share("new", [5])]
-    check_rows(tables, tables.assign(scheduled), scheduled)
+    check_rows(tables, rows_of(tables, scheduled), scheduled)
     assert tables.copies["a"].request is scheduled[0].request
 
 
@@ -199,7 +204,7 @@ def test_more_requests_over_time_than_rows() -> None:
             running[name] = share(name, blocks, rng.choice([1, len(blocks)]))
         scheduled = rng.sample(list(running.values()), len(running))[: rng.randint(0, 5)]
         if scheduled:
-            check_rows(tables, tables.assign(scheduled), scheduled)
+            check_rows(tables, rows_of(tables, scheduled), scheduled)
         used_rows = [copy.row for copy in tables.copies.values()]
         assert sorted(used_rows + tables.free_rows) == list(range(5))
 

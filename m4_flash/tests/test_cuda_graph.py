@@ -1,7 +1,6 @@
 """Decode steps replayed from CUDA graphs against the same steps launched kernel by kernel.
 
-Every test runs on a CPU too, where nothing is captured: what it shows there is that the test
-itself compares the right things.
+Every test runs on a CPU too, with graphs that run the recorded step again (fake_graphs).
 """
 
 import random
@@ -12,7 +11,7 @@ import torch
 from folovllm.request import Request
 from folovllm.testing.driver import check_step, drain, make_requests, random_prompts
 from m4_flash.config import AttentionBackend, EngineConfig, PreemptionMode
-from m4_flash.cuda_graph import StepGraphs, StepShape, decode_shapes, prompt_shapes
+from m4_flash.cuda_graph import GraphRecorder, StepShape, decode_shapes, prompt_shapes
 from m4_flash.tests.graphed_engines import (
     SIZES,
     Replays,
@@ -114,7 +113,7 @@ def test_capturing_touches_neither_cache_nor_tables(cuda_model) -> None:
     runner.kv_cache.kv.normal_()
     tables.device.random_(0, 320)
     before, tables_before = runner.kv_cache.kv.clone(), tables.device.clone()
-    runner._capture()
+    runner._capture(GraphRecorder(cuda_model.device))
     assert torch.equal(runner.kv_cache.kv, before)
     assert torch.equal(tables.device[: tables.padding_row], tables_before[: tables.padding_row])
 
@@ -123,7 +122,7 @@ def test_memory_that_does_not_suffice_is_refused(cuda_model, monkeypatch) -> Non
     def out_of_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(StepGraphs, "_capture", out_of_memory)
+    monkeypatch.setattr(GraphRecorder, "record", out_of_memory)
     with pytest.raises(ValueError, match="graphs of up to 64 tokens; lower .* enforce_eager"):
         make_engine(cuda_model)
 
@@ -329,16 +328,7 @@ def test_step_that_is_broken_off_can_be_repeated(model, monkeypatch, mode) -> No
     runner, interrupts = engine.model_runner, Interrupts()
     interrupts.into(monkeypatch, runner, "execute", every=5)
     interrupts.into(monkeypatch, runner, "prepare_inputs", every=7)
-    planned = planned_graphs(engine.config)
-    replay = "_compute_logits" if runner.graphs is None else "_replay"
-
-    def is_replayed(batch, *args) -> bool:
-        is_planned = runner.graphs is not None or planned.find(
-            len(batch.input_ids), len(batch.seq_lens)
-        )
-        return bool(is_planned)
-
-    interrupts.into(monkeypatch, runner, replay, 3, is_replayed)
+    interrupts.into(monkeypatch, runner, "_replay", every=3)
     requests = make_requests(prompts, tempered(20), seeds=range(5))
     for request in requests:
         engine.add_request(request)
@@ -351,7 +341,7 @@ def test_step_that_is_broken_off_can_be_repeated(model, monkeypatch, mode) -> No
         except KeyboardInterrupt:
             continue
     assert [request.output_token_ids for request in requests] == expected
-    names = ("execute", "prepare_inputs", replay)
+    names = ("execute", "prepare_inputs", "_replay")
     assert interrupts.seen == {(name, when) for name in names for when in ("before", "after")}
 
 
@@ -394,12 +384,12 @@ def test_preparing_a_decode_step_waits_for_nothing(cuda_model) -> None:
     scheduled, graph = engine.scheduler.schedule(), graphs.graphs[StepShape(4, 4)]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        batch = runner.prepare_inputs(scheduled)
+        step = runner.prepare_inputs(scheduled)
         graph.set_noise(runner.sampler.collect_noise(requests))
         graph.graph.replay()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert graphs.reading(batch) is graph
+    assert step is graph
     engine.scheduler.update(scheduled, runner.execute(scheduled))
     drain(engine, [])
     assert [r.output_token_ids for r in requests] == serve(

@@ -81,6 +81,7 @@ def metadata_of(shares, cache: FakeCache) -> AttentionMetadata:
         ),
         min_query_len=min(query_lens),
         max_query_len=max(query_lens),
+        max_seq_len=max(c + n for c, n in shares),
     )
 
 

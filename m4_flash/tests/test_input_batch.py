@@ -1,11 +1,12 @@
 """How a step's requests become arrays: exact values for small examples."""
 
+import numpy as np
 import torch
 
 from folovllm.request import SamplingParams
 from folovllm.testing.driver import make_requests
 from m4_flash.block_tables import BlockTables
-from m4_flash.input_batch import HostBatch, InputBatch
+from m4_flash.input_batch import HostBatch, InputBatch, empty_batch, gather_batch, paddings
 from m4_flash.scheduler import ScheduledRequest
 
 COLUMNS = [
@@ -28,7 +29,7 @@ def gather(tables: BlockTables, *shares: tuple[list[int], int, list[int]]) -> Ho
     for request, (tokens, num_computed, table) in zip(requests, shares, strict=True):
         request.num_computed_tokens = num_computed
         scheduled.append(ScheduledRequest(request, len(tokens) - num_computed, table))
-    return HostBatch.gather(scheduled, tables, block_size=4)
+    return gather_batch(scheduled, tables, block_size=4)
 
 
 def make_tables(num_rows: int = 2, num_columns: int = 3) -> BlockTables:
@@ -38,9 +39,9 @@ def make_tables(num_rows: int = 2, num_columns: int = 3) -> BlockTables:
 
 
 def values(batch: HostBatch) -> dict[str, list[int]]:
-    for name, column, dtype in zip(COLUMNS, batch.columns(), HostBatch.dtypes(), strict=True):
+    for name, column, like in zip(COLUMNS, batch.columns, empty_batch().columns, strict=True):
         assert column is getattr(batch, name)
-        assert column.dtype == dtype, name
+        assert column.dtype == like.dtype == (np.int64 if name in COLUMNS[:5] else np.int32), name
     return {name: getattr(batch, name).tolist() for name in COLUMNS}
 
 
@@ -59,7 +60,7 @@ def test_prompt_and_single_token_of_the_worked_example() -> None:
         "cu_seqlens_q": [0, 3, 4],
     }
     assert tables.host.tolist() == [[7, 0, 0], [3, 2, 0], [0, 0, 0]]
-    assert (batch.num_tokens, batch.num_requests) == (4, 2)
+    assert (batch.min_query_len, batch.max_query_len, batch.max_seq_len) == (1, 3, 7)
 
 
 def test_single_tokens_write_the_entry_of_their_last_block_on_the_host() -> None:
@@ -133,8 +134,9 @@ def test_large_cache_positions_do_not_wrap_around() -> None:
 
 
 def test_padding_stores_nothing_attends_to_nothing_and_names_nobodys_row() -> None:
-    batch = gather(make_tables(), ([11, 12, 13], 0, [7]), ([21, 22], 1, [3]))
-    assert dict(zip(COLUMNS, batch.paddings(), strict=True)) == {
+    tables = make_tables()
+    batch = gather(tables, ([11, 12, 13], 0, [7]), ([21, 22], 1, [3]))
+    assert dict(zip(COLUMNS, paddings(len(batch.input_ids), tables), strict=True)) == {
         "input_ids": 0,
         "positions": 0,
         "slot_mapping": -1,
@@ -147,15 +149,14 @@ def test_padding_stores_nothing_attends_to_nothing_and_names_nobodys_row() -> No
 
 
 def test_step_without_requests_is_all_padding() -> None:
-    nothing = HostBatch.nothing(make_tables())
-    assert values(nothing) == {name: [] for name in COLUMNS[:-1]} | {"cu_seqlens_q": [0]}
-    assert (nothing.num_tokens, nothing.num_requests) == (0, 0)
+    assert values(empty_batch()) == {name: [] for name in COLUMNS[:-1]} | {"cu_seqlens_q": [0]}
     # Recorded with one token of padding, because every request's last row is looked up.
-    assert nothing.paddings() == (0, 0, -1, 2, 6, 0, 0, 1)
+    assert paddings(0, make_tables()) == (0, 0, -1, 2, 6, 0, 0, 1)
 
 
 def test_columns_are_in_the_order_of_the_fields_that_they_fill() -> None:
     host = gather(make_tables(), ([1, 2], 1, [4]), ([3, 4, 5, 6, 7], 3, [6, 1]))
-    batch = InputBatch(*map(torch.from_numpy, host.columns()), min_query_len=1, max_query_len=2)
-    for name, column in zip(COLUMNS, host.columns(), strict=True):
+    batch = InputBatch[torch.Tensor]._make([*map(torch.from_numpy, host.columns), *host[8:]])
+    assert (batch.min_query_len, batch.max_query_len, batch.max_seq_len) == (1, 2, 5)
+    for name, column in zip(COLUMNS, host.columns, strict=True):
         assert torch.equal(getattr(batch, name), torch.from_numpy(column)), name

@@ -1,7 +1,6 @@
 """Prompts that are alone in their step, replayed from a graph.
 
-Every test runs on a CPU too, where nothing is captured: what it shows there is that the test
-itself compares the right things.
+Every test runs on a CPU too, with graphs that run the recorded step again (fake_graphs).
 """
 
 import pytest

@@ -1,7 +1,8 @@
 """Moving a step's small host arrays to the device in one copy."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,3 +40,32 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Ten
         .view(array.shape)
         for array, offset in zip(arrays, offsets, strict=True)
     ]
+
+
+class PinnedColumns:
+    """Named by position: arrays of fixed length in pinned host memory, and their twins."""
+
+    def __init__(self, lengths: Sequence[int], dtypes: Sequence[Any], device: torch.device) -> None:
+        sizes = [n * np.dtype(dtype).itemsize for n, dtype in zip(lengths, dtypes, strict=True)]
+        *offsets, end = aligned_offsets(sizes)
+        self._pinned = torch.zeros(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._twin = torch.zeros(end, dtype=torch.uint8, device=device)
+        self.host: list[np.ndarray] = []
+        self.device: list[torch.Tensor] = []
+        for offset, size, dtype in zip(offsets, sizes, dtypes, strict=True):
+            window = slice(offset, offset + size)
+            self.host.append(self._pinned.numpy()[window].view(dtype))
+            torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+            self.device.append(self._twin[window].view(torch_dtype))
+
+    def upload(self, columns: Iterable[np.ndarray], paddings: Iterable[int]) -> None:
+        """Fill the front with `columns` and the rest with `paddings`, in one copy.
+
+        What there is no column for is left out. The copy before must be done: an engine waits for
+        every step's tokens, so it is.
+        """
+        for target, values, padding in zip(self.host, columns, paddings, strict=False):
+            target[: len(values)] = values
+            if len(values) < len(target):
+                target[len(values) :] = padding
+        self._twin.copy_(self._pinned, non_blocking=True)
