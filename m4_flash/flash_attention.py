@@ -13,7 +13,7 @@ on shapes alone, so that one captured launch serves any mix of lengths.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -79,7 +79,6 @@ def _prefill_kernel(
     seq_lens_ptr,
     block_tables_ptr,
     slot_mapping_ptr,
-    num_requests,
     q_stride,
     k_stride,
     v_stride,
@@ -87,6 +86,7 @@ def _prefill_kernel(
     slot_stride,
     table_stride,
     scale,
+    num_requests,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     STACK: tl.constexpr,
@@ -221,9 +221,6 @@ def _decode_kernel(
     seq_lens_ptr,
     block_tables_ptr,
     slot_mapping_ptr,
-    partial_ptr,
-    lse_ptr,
-    num_arrived_ptr,
     q_stride,
     k_stride,
     v_stride,
@@ -231,6 +228,9 @@ def _decode_kernel(
     slot_stride,
     table_stride,
     scale,
+    partial_ptr,
+    lse_ptr,
+    num_arrived_ptr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
@@ -391,7 +391,13 @@ class TritonAttention:
         group_block = max(16, triton.next_power_of_2(self.group))  # a matrix unit's least rows
         self.scale = self.head_dim**-0.5 * _LOG2_E
         device, dtype = kv_cache.keys.device, kv_cache.keys.dtype
-        self.overlap = overlap_options(device)
+        self.constants = {
+            "GROUP": self.group,
+            "HEAD_DIM": self.head_dim,
+            "DIM_BLOCK": self.dim_block,
+            "BLOCK_SIZE": self.block_size,
+            **overlap_options(device),
+        }
         self.small_tiles, self.large_tiles = _prefill_tiles(self.dim_block, dtype)
         # As many of a group's heads as divide it and are a power of 2: rows of a tile are one.
         self.stack = min(self.group & -self.group, _MAX_STACK)
@@ -436,100 +442,49 @@ class TritonAttention:
     ) -> torch.Tensor:
         """Launches what the step's query lengths call for: one kernel, or for a mix both."""
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        keys, values = self.kv_cache.keys[layer_idx], self.kv_cache.values[layer_idx]
+        tables = metadata.block_tables
+        tensors = (q, k, v, out, keys, values, metadata.cu_seqlens_q, metadata.seq_lens, tables)
+        strides = (q.stride(0), k.stride(0), v.stride(0), *keys.stride()[:2], tables.stride(0))
+        arguments = (*tensors, metadata.slot_mapping, *strides, self.scale)
         if metadata.max_query_len > 1:
-            self._prefill(metadata, layer_idx, q, k, v, out)
+            self._prefill(metadata, len(q), arguments)
         if metadata.min_query_len == 1:
-            self._decode(metadata, layer_idx, q, k, v, out)
+            self._decode(len(metadata.seq_lens), arguments)
         return out
 
     def _prefill(
-        self,
-        metadata: AttentionMetadata,
-        layer_idx: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
+        self, metadata: AttentionMetadata, num_tokens: int, arguments: tuple[Any, ...]
     ) -> None:
-        keys, values = self.kv_cache.keys[layer_idx], self.kv_cache.values[layer_idx]
-        tiles, num_requests = self._prefill_tiles_of(metadata, len(q)), len(metadata.seq_lens)
+        tiles, num_requests = self._prefill_tiles_of(metadata, num_tokens), len(metadata.seq_lens)
         tile_q = tiles.rows // self.stack
-        num_tiles = len(q) // tile_q + num_requests
-        _prefill_kernel[(self.num_heads // self.stack, num_tiles)](
-            q,
-            k,
-            v,
-            out,
-            keys,
-            values,
-            metadata.cu_seqlens_q,
-            metadata.seq_lens,
-            metadata.block_tables,
-            metadata.slot_mapping,
+        grid = (self.num_heads // self.stack, num_tokens // tile_q + num_requests)
+        _prefill_kernel[grid](
+            *arguments,
             num_requests,
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
-            keys.stride(0),
-            keys.stride(1),
-            metadata.block_tables.stride(0),
-            self.scale,
             NUM_HEADS=self.num_heads,
-            GROUP=self.group,
             STACK=self.stack,
-            HEAD_DIM=self.head_dim,
-            DIM_BLOCK=self.dim_block,
-            BLOCK_SIZE=self.block_size,
             TILE_Q=tile_q,
             TILE_K=tiles.keys,
             OFFSET_TYPE=self.offset_type,
             NUM_STAGES=tiles.num_stages,
             num_warps=tiles.num_warps,
             maxnreg=tiles.max_registers,
-            **self.overlap,
+            **self.constants,
         )
 
-    def _decode(
-        self,
-        metadata: AttentionMetadata,
-        layer_idx: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        keys, values = self.kv_cache.keys[layer_idx], self.kv_cache.values[layer_idx]
-        tiles, num_requests = self.decode_tiles, len(metadata.seq_lens)
+    def _decode(self, num_requests: int, arguments: tuple[Any, ...]) -> None:
+        tiles = self.decode_tiles
         _decode_kernel[(self.num_kv_heads, self._num_splits(num_requests), num_requests)](
-            q,
-            k,
-            v,
-            out,
-            keys,
-            values,
-            metadata.cu_seqlens_q,
-            metadata.seq_lens,
-            metadata.block_tables,
-            metadata.slot_mapping,
+            *arguments,
             self.partial,
             self.lse,
             self.num_arrived,
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
-            keys.stride(0),
-            keys.stride(1),
-            metadata.block_tables.stride(0),
-            self.scale,
             NUM_KV_HEADS=self.num_kv_heads,
-            GROUP=self.group,
             GROUP_BLOCK=tiles.rows,
-            HEAD_DIM=self.head_dim,
-            DIM_BLOCK=self.dim_block,
-            BLOCK_SIZE=self.block_size,
             TILE_K=tiles.keys,
             MAX_SPLITS=MAX_SPLITS,
             NUM_STAGES=tiles.num_stages,
             num_warps=tiles.num_warps,
-            **self.overlap,
+            **self.constants,
         )
