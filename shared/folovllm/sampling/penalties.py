@@ -1,15 +1,14 @@
 """Penalties on tokens that a request has already seen.
 
 Only logits of seen tokens change, so nothing here makes a table [num_rows, vocab_size]: an entry is
-one occurrence of a token, and repeats of a token are told apart by how entries are written. What
-was seen is read from the request's own tokens at every step: a recomputation after a preemption
-cannot make output look like prompt. The halves `collect` and `apply_` are as in
-`logits_processors`.
+one occurrence of a token, and repeats of a token are told apart by how entries are written. The
+tokens lie on the device already (see `token_history`): what a step uploads is where each request's
+begin and how many they are, and the entries are spread out there. The halves `collect` and `apply_`
+are as in `logits_processors`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
@@ -18,66 +17,103 @@ from ..request import Request
 
 
 @dataclass(frozen=True)
+class SeenTokens:
+    """Where the tokens lie that the rows with one kind of penalty have seen."""
+
+    history: torch.Tensor
+    """[capacity] int64, the token ids of all requests: `TokenHistory.token_ids` of this step."""
+    rows: torch.Tensor
+    """[num_asking] int64, row of the logits."""
+    lengths: torch.Tensor
+    """[num_asking] int64, how many tokens each row has seen."""
+    offsets: torch.Tensor
+    """[num_asking] int64: entry e of row i is at `offsets[i] + e`, e counted over all rows."""
+    num_entries: int
+    """Sum of the lengths, known on the host: sizes must not wait for the device."""
+
+    @staticmethod
+    def collect(rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+        """The arrays `rows`, `lengths` and `offsets`; row i's tokens begin at `starts[i]`.
+
+        Starts [4, 0] and lengths [2, 3] give offsets [4, -2]: entries 0 and 1 are at 4 and 5,
+        entries 2 to 4 at 0 to 2.
+        """
+        return [rows, lengths, starts - (np.cumsum(lengths) - lengths)]
+
+    def entries(self) -> "SeenEntries":
+        """One entry per token, in the order of the rows."""
+        asking = torch.repeat_interleave(self.lengths, output_size=self.num_entries)
+        positions = torch.arange(self.num_entries, device=asking.device)
+        token_ids = self.history[positions + self.offsets[asking]]
+        return SeenEntries(asking, self.rows[asking], token_ids)
+
+
+@dataclass(frozen=True)
+class SeenEntries:
+    """One entry per token seen; the same token may come several times."""
+
+    asking: torch.Tensor
+    """[num_entries] int64, which of the asking rows."""
+    rows: torch.Tensor
+    """[num_entries] int64, row of the logits."""
+    token_ids: torch.Tensor
+    """[num_entries] int64."""
+
+
+@dataclass(frozen=True)
 class RepetitionPenalty:
     """Makes every token of prompt and output less likely, however often it occurred (CTRL)."""
 
-    rows: torch.Tensor
-    """[num_tokens_seen] int64, row of the logits; the same token may come several times."""
-    token_ids: torch.Tensor
-    """[num_tokens_seen] int64."""
+    seen: SeenTokens
     penalties: torch.Tensor
-    """[num_tokens_seen] float32, divides positive logits and multiplies the others."""
+    """[num_asking] float32, divides positive logits and multiplies the others."""
 
     @staticmethod
-    def collect(requests: Sequence[Request]) -> list[np.ndarray]:
+    def collect(requests: Sequence[Request], starts: np.ndarray) -> list[np.ndarray]:
+        """starts: [num_rows] int64, where the tokens of each row that asks begin."""
         penalties = np.array([request.sampling_params.repetition_penalty for request in requests])
-        asking = np.flatnonzero(penalties != 1)
-        rows, token_ids = _entries(asking, [requests[row].token_ids for row in asking.tolist()])
-        return [rows, token_ids, penalties[rows].astype(np.float32)] if len(asking) else []
+        rows = np.flatnonzero(penalties != 1)
+        num_tokens = np.array([requests[row].num_tokens for row in rows.tolist()], dtype=np.int64)
+        if not len(rows):
+            return []
+        seen = SeenTokens.collect(rows, starts[rows], num_tokens)
+        return [*seen, penalties[rows].astype(np.float32)]
 
     def apply_(self, logits: torch.Tensor) -> None:
-        seen = logits[self.rows, self.token_ids]
+        entries = self.seen.entries()
+        index, penalties = (entries.rows, entries.token_ids), self.penalties[entries.asking]
+        seen = logits[index]
         # Entries of the same token all read the old logit and write the same new one.
-        seen = torch.where(seen > 0, seen / self.penalties, seen * self.penalties)
-        logits.index_put_((self.rows, self.token_ids), seen)
+        logits.index_put_(index, torch.where(seen > 0, seen / penalties, seen * penalties))
 
 
 @dataclass(frozen=True)
 class OutputPenalties:
     """Presence penalty, once per distinct output token; frequency penalty, once per occurrence."""
 
-    rows: torch.Tensor
-    """[num_tokens_seen] int64, row of the logits; the same token may come several times."""
-    token_ids: torch.Tensor
-    """[num_tokens_seen] int64."""
+    seen: SeenTokens
     presence: torch.Tensor
-    """[num_tokens_seen] float32, subtracted once."""
+    """[num_asking] float32, subtracted once."""
     frequency: torch.Tensor
-    """[num_tokens_seen] float32, subtracted for every entry."""
+    """[num_asking] float32, subtracted for every entry."""
 
     @staticmethod
-    def collect(requests: Sequence[Request]) -> list[np.ndarray]:
+    def collect(requests: Sequence[Request], starts: np.ndarray) -> list[np.ndarray]:
+        """starts: as in `RepetitionPenalty`."""
         params = [request.sampling_params for request in requests]
         presence = np.array([p.presence_penalty for p in params], dtype=np.float32)
         frequency = np.array([p.frequency_penalty for p in params], dtype=np.float32)
-        asking = np.flatnonzero((presence != 0) | (frequency != 0))
-        rows, token_ids = _entries(
-            asking, [requests[row].output_token_ids for row in asking.tolist()]
-        )
-        return [rows, token_ids, presence[rows], frequency[rows]] if len(rows) else []
+        num_output_tokens = np.array([request.num_output_tokens for request in requests])
+        rows = np.flatnonzero(((presence != 0) | (frequency != 0)) & (num_output_tokens > 0))
+        if not len(rows):
+            return []
+        num_prompt_tokens = np.array([requests[row].num_prompt_tokens for row in rows.tolist()])
+        seen = SeenTokens.collect(rows, starts[rows] + num_prompt_tokens, num_output_tokens[rows])
+        return [*seen, presence[rows], frequency[rows]]
 
     def apply_(self, logits: torch.Tensor) -> None:
-        index = (self.rows, self.token_ids)
+        entries = self.seen.entries()
+        index, asking = (entries.rows, entries.token_ids), entries.asking
         # Plain writes of equal values subtract once per token, accumulating ones once per entry.
-        logits.index_put_(index, logits[index] - self.presence)
-        logits.index_put_(index, -self.frequency, accumulate=True)
-
-
-def _entries(rows: np.ndarray, token_ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the row and the id of every token, flat; `token_ids[i]` belong to `rows[i]`.
-
-    Rows [0, 2] with [[7, 7], [5]] give [0, 0, 2] and [7, 7, 5].
-    """
-    lengths = [len(ids) for ids in token_ids]
-    flat = np.fromiter(chain.from_iterable(token_ids), dtype=np.int64, count=sum(lengths))
-    return np.repeat(rows, lengths), flat
+        logits.index_put_(index, logits[index] - self.presence[asking])
+        logits.index_put_(index, -self.frequency[asking], accumulate=True)
