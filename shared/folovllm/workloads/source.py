@@ -72,9 +72,5 @@ class WorkloadSource:
 
 def read_prompts() -> list[ChatPrompt]:
     """The real prompts that come with this package, in several languages and lengths."""
-    lines = (
-        resources.files(__package__ or "folovllm")
-        .joinpath("data/prompts.jsonl")
-        .read_text(encoding="utf-8")
-    )
+    lines = resources.files("folovllm").joinpath("data/prompts.jsonl").read_text(encoding="utf-8")
     return [ChatPrompt(**json.loads(line)) for line in lines.splitlines()]
