@@ -29,6 +29,7 @@ class CompletionState:
             if tokenizer is None
             else IncrementalDetokenizer(tokenizer, request.prompt_token_ids, params)
         )
+        self._is_searched = bool(params.stop_strings)
         self._token_ids: list[int] = []
         self._num_hidden_tokens = 0
         """1 behind a stop token: as in vLLM, it is part of token_ids but not of the text."""
@@ -48,7 +49,7 @@ class CompletionState:
         if token.finish_reason is FinishReason.STOP:
             self._note_stop_token(token.token_id)
         self.finish_reason = token.finish_reason
-        if self.request.sampling_params.stop_strings:
+        if self._is_searched:
             self._search(token.token_id)
 
     def output(self) -> CompletionOutput:
@@ -91,7 +92,7 @@ class CompletionState:
         if self._detokenizer is None:
             return
         is_finished = self.finish_reason is not None
-        if not self.request.sampling_params.stop_strings:
+        if not self._is_searched:
             num_tokens = len(self._token_ids) - self._num_hidden_tokens
             new_ids = self._token_ids[self._num_decoded_tokens : num_tokens]
             self._text_parts.append(self._detokenizer.extend(new_ids))
