@@ -7,13 +7,12 @@ begin and how many they are, and the entries are spread out there. The halves `c
 are as in `logits_processors`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ..request import Request
+from .token_history import HistoryUpdate
 
 
 @dataclass(frozen=True)
@@ -69,15 +68,14 @@ class RepetitionPenalty:
     """[num_asking] float32, divides positive logits and multiplies the others."""
 
     @staticmethod
-    def collect(requests: Sequence[Request], starts: np.ndarray) -> list[np.ndarray]:
-        """starts: [num_rows] int64, where the tokens of each row that asks begin."""
-        penalties = np.array([request.sampling_params.repetition_penalty for request in requests])
-        rows = np.flatnonzero(penalties != 1)
-        num_tokens = np.array([requests[row].num_tokens for row in rows.tolist()], dtype=np.int64)
-        if not len(rows):
+    def collect(rows: np.ndarray, penalties: np.ndarray, update: HistoryUpdate) -> list[np.ndarray]:
+        """rows: [num_rows] int64, the rows with any penalty, for which `update` was collected;
+        penalties: [num_rows], theirs."""
+        asking = np.flatnonzero(penalties != 1)
+        if not len(asking):
             return []
-        seen = SeenTokens.collect(rows, starts[rows], num_tokens)
-        return [*seen, penalties[rows].astype(np.float32)]
+        seen = SeenTokens.collect(rows[asking], update.starts[asking], update.lengths[asking])
+        return [*seen, penalties[asking].astype(np.float32)]
 
     def apply_(self, logits: torch.Tensor) -> None:
         entries = self.seen.entries()
@@ -98,18 +96,17 @@ class OutputPenalties:
     """[num_asking] float32, subtracted for every entry."""
 
     @staticmethod
-    def collect(requests: Sequence[Request], starts: np.ndarray) -> list[np.ndarray]:
-        """starts: as in `RepetitionPenalty`."""
-        params = [request.sampling_params for request in requests]
-        presence = np.array([p.presence_penalty for p in params], dtype=np.float32)
-        frequency = np.array([p.frequency_penalty for p in params], dtype=np.float32)
-        num_output_tokens = np.array([request.num_output_tokens for request in requests])
-        rows = np.flatnonzero(((presence != 0) | (frequency != 0)) & (num_output_tokens > 0))
-        if not len(rows):
+    def collect(
+        rows: np.ndarray, presence: np.ndarray, frequency: np.ndarray, update: HistoryUpdate
+    ) -> list[np.ndarray]:
+        """rows, update: as in `RepetitionPenalty`; presence, frequency: [num_rows], theirs."""
+        num_output_tokens = update.lengths - update.prompt_lens
+        asking = np.flatnonzero(((presence != 0) | (frequency != 0)) & (num_output_tokens > 0))
+        if not len(asking):
             return []
-        num_prompt_tokens = np.array([requests[row].num_prompt_tokens for row in rows.tolist()])
-        seen = SeenTokens.collect(rows, starts[rows] + num_prompt_tokens, num_output_tokens[rows])
-        return [*seen, presence[rows], frequency[rows]]
+        starts = (update.starts + update.prompt_lens)[asking]
+        seen = SeenTokens.collect(rows[asking], starts, num_output_tokens[asking])
+        return [*seen, *(v[asking].astype(np.float32) for v in (presence, frequency))]
 
     def apply_(self, logits: torch.Tensor) -> None:
         entries = self.seen.entries()

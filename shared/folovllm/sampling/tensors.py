@@ -95,11 +95,11 @@ class SamplingTensors:
         rows = [row for row, values in penalties if values != (1.0, 0.0, 0.0)]
         update = history.collect([requests[row] for row in rows]) if rows else None
         if update is not None:
-            starts = np.zeros(num_rows, dtype=np.int64)
-            starts[rows] = update.starts
+            asking = np.array(rows)
+            factor, once, each = (np.array(p)[asking] for p in (repetition, presence, frequency))
             host["history"] = [update.positions, update.token_ids]
-            host["repetition"] = RepetitionPenalty.collect(requests, starts)
-            host["output_penalties"] = OutputPenalties.collect(requests, starts)
+            host["repetition"] = RepetitionPenalty.collect(asking, factor, update)
+            host["output_penalties"] = OutputPenalties.collect(asking, once, each, update)
         return _on_device(host, num_top, history, update)
 
     @staticmethod

@@ -29,6 +29,10 @@ class HistoryUpdate:
 
     starts: np.ndarray
     """[num_requests] int64, where each request's tokens begin in `TokenHistory.token_ids`."""
+    lengths: np.ndarray
+    """[num_requests] int64, how many tokens each request has now."""
+    prompt_lens: np.ndarray
+    """[num_requests] int64, how many of them are its prompt."""
     positions: np.ndarray
     """[num_new_tokens] int64, where the new tokens go."""
     token_ids: np.ndarray
@@ -64,20 +68,23 @@ class TokenHistory:
         one writes all tokens of these requests, and then as many new ones find room.
         """
         segments = self._place(requests)
+        lengths = [len(request.token_ids) for request in requests]
         firsts: list[int] = []
         new_ids: list[list[int]] = []
         written = {}  # by segment: a request may be there twice
-        for request, segment in zip(requests, segments, strict=True):
-            num_tokens, num_written = request.num_tokens, segment.num_written
-            if num_tokens > num_written and id(segment) not in written:
+        for request, segment, length in zip(requests, segments, lengths, strict=True):
+            num_written = segment.num_written
+            if length > num_written and id(segment) not in written:
                 firsts.append(segment.start + num_written)
                 new_ids.append(request.token_ids[num_written:])
-                written[id(segment)] = (segment, num_tokens)
+                written[id(segment)] = (segment, length)
         counts = np.array([len(ids) for ids in new_ids], dtype=np.int64)
         num_new = int(counts.sum())
         shifts = np.array(firsts, dtype=np.int64) - (np.cumsum(counts) - counts)
         return HistoryUpdate(
             starts=np.array([segment.start for segment in segments], dtype=np.int64),
+            lengths=np.array(lengths, dtype=np.int64),
+            prompt_lens=np.array([r.num_prompt_tokens for r in requests], dtype=np.int64),
             positions=np.arange(num_new) + np.repeat(shifts, counts),
             token_ids=np.fromiter(chain.from_iterable(new_ids), dtype=np.int64, count=num_new),
             written=tuple(written.values()),
@@ -110,7 +117,7 @@ class TokenHistory:
 
     def _find_or_append(self, request: Request) -> _Segment:
         segment = self._segments.get(request)
-        num_tokens = request.num_tokens
+        num_tokens = len(request.token_ids)
         if segment is None or not segment.num_written <= num_tokens <= segment.capacity:
             longest = request.num_prompt_tokens + request.max_tokens
             capacity = max(num_tokens, min(longest, 2 * num_tokens + _SPARE_TOKENS))
