@@ -102,7 +102,7 @@ compare: $(RUNTIME) $(MODEL_FILES) ## run every stage on one workload: gate, tab
 charts: $(RUNTIME) ## draw table, charts and report again from the stored results
 	$(RUN) -m compare charts$(EXTRA)
 
-microbench: $(DEV) ## time the host-side pieces: scheduler step, sampling, input preparation, detokenisation
+microbench: $(DEV) ## time the host-side pieces, and how they grow with queue, batch and history
 	$(RUN) -m pytest --benchmark-only$(EXTRA_PYTEST) compare/microbench
 
 shared-test: $(DEV) ## run the tests of the package folovllm

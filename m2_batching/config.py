@@ -23,7 +23,7 @@ class EngineConfig:
     """Memory for keys and values, whence the number of slots; None takes what is free."""
     gpu_memory_utilization: float = 0.9
     """Part of a GPU's memory that this process may fill when kv_cache_bytes is None (a CPU run then
-    takes an eighth of the free memory)."""
+    takes an eighth of what is available)."""
     max_num_seqs: int = 256
     """Most requests running at once."""
     max_num_batched_tokens: int = 8192

@@ -39,7 +39,7 @@ class EngineConfig:
     """Memory for keys and values, whence the number of blocks; None takes what is free."""
     gpu_memory_utilization: float = 0.9
     """Part of a GPU's memory that this process may fill when kv_cache_bytes is None (a CPU run then
-    takes an eighth of the free memory). CUDA graphs come on top: leave them a few hundred MiB."""
+    takes an eighth of what is available). CUDA graphs come on top: leave them a few hundred MiB."""
     block_size: int = 16
     """Tokens per block of KV cache."""
     max_num_seqs: int = 256

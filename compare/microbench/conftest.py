@@ -81,6 +81,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -
     return load_model(directory, load_format="dummy", dtype="float32", device=str(device))
 
 
+@pytest.fixture(scope="session")
+def long_model(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Any:
+    """Even smaller, for many long requests: 128 bytes of cache per token."""
+    directory = tmp_path_factory.mktemp("long")
+    config = TINY_LLAMA | {
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 16_384,
+    }
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return load_model(directory, load_format="dummy", dtype="float32", device=str(device))
+
+
 @pytest.fixture(params=stage_names())
 def decoding(request: pytest.FixtureRequest, tiny_model: Any) -> DecodingEngine:
     """A stage's engine with as many running requests as it takes, up to NUM_RUNNING."""

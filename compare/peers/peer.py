@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import Any, Protocol
 import torch
 
 from folovllm.bench.benchmark import run_benchmark
+from folovllm.bench.metrics import throughput
+from folovllm.bench.probes import PeakMemory
 from folovllm.cli.options import add_field_flags, given_fields
 from folovllm.interfaces import Engine
 from folovllm.model.config import ModelConfig, kv_bytes_per_token
 from folovllm.request import Request
 from folovllm.text.tokenizer import Tokenizer
-from folovllm.workloads.workload import make_workload
+from folovllm.workloads.workload import Workload, WorkloadRequest, make_workload
 
 from ..results import write_json
 from ..runner import EXIT_NOT_INSTALLED
@@ -77,11 +79,18 @@ class UntimedModelRunner:
 
 @dataclass(frozen=True, kw_only=True)
 class PeerLLM:
-    """What `run_benchmark` takes: an engine and its model."""
+    """What `run_benchmark` takes: an engine and its model; and what else a peer can tell."""
 
     engine: Engine
     model: PeerModel
     tokenizer: Tokenizer | None
+    memory: PeakMemory | None = None
+    """Peak memory of an engine in another process; None: it is in this one."""
+    generate: Callable[[Sequence[WorkloadRequest]], float] | None = None
+    """Answers requests that all are there at once by the call that the peer's users make for
+    that, and returns its seconds; None: the peer has no other way than the engine's steps."""
+    settings: Mapping[str, Any] | None = None
+    """How the peer was set up, as it tells itself; goes into the result."""
 
 
 class PeerFactory(Protocol):
@@ -172,12 +181,42 @@ def _bench(
         warmup_tokens=options.warmup_tokens,
         model_name=Path(options.model or EMBEDDED_MODEL_NAME).name,
         load_format=options.load_format,
+        memory=llm.memory,
     )
     for name in ("host_time_s", "host_time_at_max_running_s"):
         result[name] = dict.fromkeys(result[name])  # was not measured: None, not 0
     if gate_not_comparable:
         result["gate"] = {"tokens": [], "top2_gaps": [], "not_comparable": gate_not_comparable}
+    if llm.settings is not None:
+        result["peer"] = dict(llm.settings)
+    if llm.generate is not None and not any(r.arrival_s for r in workload.requests):
+        result |= offline_section(result, workload, llm.generate(workload.requests))
     return result
+
+
+def offline_section(
+    result: Mapping[str, Any], workload: Workload, duration_s: float
+) -> dict[str, Any]:
+    """Rates of a run by the peer's own call for many requests; those of the steps beside them.
+
+    Latencies, steps and memory stay those of the run whose tokens were taken one by one.
+    """
+    rates = throughput(
+        num_requests=len(workload.requests),
+        num_input_tokens=workload.num_input_tokens,
+        num_output_tokens=workload.num_output_tokens,
+        duration_s=duration_s,
+    )
+    offline = {"duration_s": duration_s, **rates}
+    by_steps = {name: result[name] for name in offline}
+    # The same least time, of another duration.
+    roofline = result["roofline_fraction"] * by_steps["duration_s"] / duration_s
+    return {
+        **offline,
+        "roofline_fraction": roofline,
+        "rates_from": "generate",
+        "rates_by_steps": by_steps,
+    }
 
 
 def _parser(stage: str, config_class: type[Any]) -> argparse.ArgumentParser:

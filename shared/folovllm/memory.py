@@ -1,13 +1,14 @@
 """How much memory the KV cache may take when nobody says, and what to say when it is too much."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+from .host_memory import available_host_bytes
+
 _CPU_FRACTION = 0.125
-"""Of the free host memory: it is shared with other programs, and a CPU is too slow to fill more."""
+"""Of the available host memory: others share it, and a CPU is too slow to fill more."""
 
 
 def profile_kv_cache_bytes(
@@ -17,10 +18,10 @@ def profile_kv_cache_bytes(
 
     On CUDA, runs that step, and returns `gpu_memory_utilization` of the device's memory less
     what is in use by other programs and less the step's peak (vLLM's memory profiling). On a
-    CPU, an eighth of the free memory. ValueError when nothing is left.
+    CPU, an eighth of the available memory. ValueError when nothing is left.
     """
     if device.type != "cuda":
-        return int(_free_host_bytes() * _CPU_FRACTION)
+        return int(available_host_bytes() * _CPU_FRACTION)
     torch.cuda.reset_peak_memory_stats(device)
     run_largest_step()
     torch.cuda.synchronize(device)
@@ -51,10 +52,3 @@ def kv_cache_allocation() -> Iterator[None]:
         raise ValueError(
             f"the KV cache does not fit beside the weights ({reason}); lower kv_cache_bytes"
         ) from error
-
-
-def _free_host_bytes() -> int:
-    page_size = os.sysconf("SC_PAGE_SIZE")
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return page_size * os.sysconf("SC_AVPHYS_PAGES")
-    return page_size * os.sysconf("SC_PHYS_PAGES") // 2

@@ -328,6 +328,46 @@ def test_warm_up_is_as_wide_and_as_long_as_the_workload_and_is_not_counted():
     assert sum(report["steps"]["num_scheduled_requests"]) == 8
 
 
+class FakeMemory:
+    """Of an engine in another process."""
+
+    def __init__(self, peak):
+        self.peak, self.num_resets = peak, 0
+
+    def reset(self):
+        self.num_resets += 1
+
+    def peak_bytes(self):
+        return self.peak
+
+
+@pytest.mark.parametrize("peak", [123_456, None])
+def test_peak_memory_of_an_engine_elsewhere_is_what_it_tells_or_unknown(peak):
+    memory = FakeMemory(peak)
+    report, _, _ = run(memory=memory)
+    parts = report["peak_memory_bytes"]
+    assert (parts["total"], parts["weights"], parts["activations"]) == (peak, 4000, None)
+    assert memory.num_resets == 1
+
+
+def test_engine_forgets_the_prefixes_of_warm_up_and_gate_before_the_clock_starts():
+    class PrefixEngine(FakeEngine):
+        def reset_prefix_cache(self):
+            self.log.append((self.clock.time, SimpleNamespace(request_id="reset")))
+
+    clock = FakeClock()
+    llm = fake_llm(clock)
+    llm.engine = PrefixEngine(clock)
+    run_benchmark(llm, WORKLOAD, stage="m9_fake", ceilings=CEILINGS, clock=clock)
+    names = [request.request_id for _, request in llm.engine.log]
+    assert names[-6:] == ["gate-r3", "reset", "r0", "r1", "r2", "r3"]
+    assert names.count("reset") == 1
+
+
+def test_settings_of_sampling_are_reported():
+    assert run()[0]["sampling"] == {"temperature": 0.0, "ignore_eos": True}
+
+
 def test_memory_utilisation_and_roofline_are_reported():
     report, _, _ = run()
     memory = report["peak_memory_bytes"]

@@ -306,3 +306,22 @@ def test_wherever_the_prompt_ends_its_text_and_the_stream_are_the_whole(tokenize
     whole_characters = data[:cut].decode(errors="ignore")
     deltas, _ = run(tokenizer, output, prompt_token_ids=prompt)
     assert whole_characters + "".join(deltas) == text
+
+
+@FIXED
+@given(data=st.data(), name=st.sampled_from(["byte_level", "metaspace"]), skip=st.booleans())
+def test_several_tokens_at_once_give_the_text_of_one_at_a_time(tokenizers, data, name, skip):
+    tokenizer = tokenizers[name]
+    some_ids = st.lists(st.integers(0, tokenizer.vocab_size + 1), max_size=8)
+    prompt, pieces = data.draw(some_ids), data.draw(st.lists(some_ids, max_size=5))
+    params = SamplingParams(skip_special_tokens=skip)
+    at_once, one_by_one = (IncrementalDetokenizer(tokenizer, prompt, params) for _ in range(2))
+    for ids in pieces:
+        assert at_once.extend(ids) == "".join(map(one_by_one.append, ids))
+    assert at_once.finish() == one_by_one.finish()
+
+
+def test_tokens_that_are_searched_cannot_be_taken_at_once(byte_level):
+    detokenizer = IncrementalDetokenizer(byte_level, [], SamplingParams(stop=["x"]))
+    with pytest.raises(RuntimeError, match="one at a time"):
+        detokenizer.extend([1, 2])

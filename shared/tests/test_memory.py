@@ -35,10 +35,10 @@ def test_nothing_left_is_refused_with_what_to_change(steps: list[str]) -> None:
         profile_kv_cache_bytes(CUDA, 0.35, lambda: None)
 
 
-def test_cpu_takes_an_eighth_of_the_free_memory_and_runs_nothing(
+def test_cpu_takes_an_eighth_of_the_available_memory_and_runs_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("folovllm.memory._free_host_bytes", lambda: 8000)
+    monkeypatch.setattr("folovllm.memory.available_host_bytes", lambda: 8000)
     num_bytes = profile_kv_cache_bytes(torch.device("cpu"), 0.9, lambda: pytest.fail("ran"))
     assert num_bytes == 1000
 

@@ -19,7 +19,7 @@ from .metrics import (
     roofline_fraction,
 )
 from .prepare import run_gate, warm_up
-from .probes import Clock, SystemClock
+from .probes import Clock, PeakMemory, ProcessMemory, SystemClock
 from .recorder import check_fit
 from .report import (
     attention_flops_per_pair,
@@ -49,6 +49,7 @@ def run_benchmark(
     load_format: str | None = None,
     ceilings: Ceilings | None = None,
     clock: Clock | None = None,
+    memory: PeakMemory | None = None,
 ) -> dict[str, Any]:
     """Run `workload` once through `llm.engine` and return the report (docs: schema 1).
 
@@ -59,8 +60,9 @@ def run_benchmark(
     `gate_tokens` tokens, whose ids and top-2 gaps compare uses to check that stages agree.
 
     llm: has `.engine` (a stage's LLMEngine) and `.model`. model_name and load_format are only
-    reported. ValueError naming a request that cannot run; RuntimeError if the engine's outputs
-    or stats contradict the workload.
+    reported. memory: what tells the peak, if the engine is not in this process. ValueError naming
+    a request that cannot run; RuntimeError if the engine's outputs or stats contradict the
+    workload.
     """
     _require_positive(
         gate_requests=gate_requests, gate_tokens=gate_tokens, warmup_tokens=warmup_tokens
@@ -71,7 +73,8 @@ def run_benchmark(
     ceilings = ceilings or measure_ceilings(model.device)
     warmup = warm_up(engine, model, workload, warmup_tokens, seed, clock)
     gate = run_gate(engine, workload, gate_requests, gate_tokens, seed)
-    run = measure(engine, model.device, workload, seed, clock)
+    memory = memory or ProcessMemory(model.device)
+    run = measure(engine, model.device, workload, seed, clock, memory)
     check_record(run.record, workload)
     return {
         "schema": SCHEMA,
@@ -82,6 +85,7 @@ def run_benchmark(
         "engine_config": _plain(asdict(engine.config)),
         "attention": type(getattr(engine.model_runner, "attention", None)).__name__,
         "seed": seed,
+        "sampling": {"temperature": 0.0, "ignore_eos": True},
         **speed_section(run.record, workload),
         "decode_step_s": decode_step_summary(run.record),
         **_resource_section(model, run, ceilings),

@@ -11,9 +11,8 @@ from .probes import (
     Clock,
     GpuUtilisation,
     HostTimers,
+    PeakMemory,
     frozen_heap,
-    peak_memory_bytes,
-    reset_peak_memory,
 )
 from .recorder import RunRecord, record_run
 
@@ -25,7 +24,7 @@ class Measurement:
     record: RunRecord
     host_s: dict[str, list[float]]
     """Method -> seconds, one entry per step."""
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     peak_kv_bytes: int
     """Most bytes that the KV tensors took after any step."""
     gpu_utilisation: float | None
@@ -34,9 +33,14 @@ class Measurement:
 
 
 def measure(
-    engine: Any, device: torch.device, workload: Workload, seed: int, clock: Clock
+    engine: Any,
+    device: torch.device,
+    workload: Workload,
+    seed: int,
+    clock: Clock,
+    memory: PeakMemory,
 ) -> Measurement:
-    """The timed run."""
+    """The timed run; an engine that keeps prefixes forgets those of warm-up and gate first."""
     methods = {
         "schedule": (engine.scheduler, "schedule"),
         "prepare_inputs": (engine.model_runner, "prepare_inputs"),
@@ -52,8 +56,10 @@ def measure(
         if blocks is not None:
             blocks.after_step()
 
+    if hasattr(engine, "reset_prefix_cache"):
+        engine.reset_prefix_cache()
     with frozen_heap():
-        reset_peak_memory(device)
+        memory.reset()
         with GpuUtilisation(device) as gpu, HostTimers(methods, clock) as timers:
             record = record_run(
                 engine,
@@ -66,7 +72,7 @@ def measure(
     return Measurement(
         record=record,
         host_s=timers.seconds,
-        peak_memory_bytes=peak_memory_bytes(device),
+        peak_memory_bytes=memory.peak_bytes(),
         peak_kv_bytes=max(kv_bytes),
         gpu_utilisation=gpu.mean,
         block_map=_block_map(blocks, record),

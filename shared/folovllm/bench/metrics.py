@@ -166,21 +166,23 @@ def kv_utilisation(live: Sequence[int], reserved: Sequence[int]) -> float | None
 
 
 def device_memory_parts(
-    *, total: int, weights: int, kv_reserved: int, kv_live: int
+    *, total: int | None, weights: int, kv_reserved: int, kv_live: int
 ) -> dict[str, int | None]:
-    """Peak memory of a device in bytes; what is neither weights nor KV cache is activations."""
-    activations = total - weights - kv_reserved
+    """Peak memory of a device in bytes; what is neither weights nor KV cache is activations.
+
+    Where nobody can tell the total, there is none, and no activations.
+    """
     return {
         "total": total,
         "weights": weights,
         "kv_reserved": kv_reserved,
         "kv_live": kv_live,
-        "activations": activations,
+        "activations": None if total is None else total - weights - kv_reserved,
     }
 
 
 def host_memory_parts(
-    *, total: int, weights: int, kv_reserved: int, kv_live: int
+    *, total: int | None, weights: int, kv_reserved: int, kv_live: int
 ) -> dict[str, int | None]:
     """As `device_memory_parts`, for a process on the CPU.
 

@@ -127,6 +127,29 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+class PeakMemory(Protocol):
+    """Where a benchmark asks for the most memory that a run took."""
+
+    def reset(self) -> None:
+        """Forget the peak so far."""
+
+    def peak_bytes(self) -> int | None:
+        """Most bytes held since then; None if nobody can tell."""
+
+
+class ProcessMemory:
+    """Peak memory of an engine that runs in this process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def reset(self) -> None:
+        reset_peak_memory(self._device)
+
+    def peak_bytes(self) -> int:
+        return peak_memory_bytes(self._device)
+
+
 class GpuUtilisation:
     """Samples NVML's utilisation of one CUDA device in a thread while used as a context manager.
 

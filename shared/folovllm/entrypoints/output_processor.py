@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..interfaces import StepOutput, TokenOutput
+from ..interfaces import StepOutput, TokenLogprobs, TokenOutput
 from ..request import FinishReason, Request
 from ..text.detokenizer import IncrementalDetokenizer
 from ..text.tokenizer import Tokenizer
@@ -12,9 +12,14 @@ from .prompts import Prompt
 
 
 class CompletionState:
-    """One request of the engine and the output that has come of it so far."""
+    """One request of the engine and the output that has come of it so far.
+
+    Text and log-probabilities are made when somebody looks: a step only notes its token. Where
+    there are stop strings, every token is turned into text as it comes, since it may be the last.
+    """
 
     def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None) -> None:
+        params = request.sampling_params
         self.request = request
         self.finish_reason: FinishReason | None = None
         self._index = index
@@ -22,41 +27,37 @@ class CompletionState:
         self._detokenizer = (
             None
             if tokenizer is None
-            else IncrementalDetokenizer(
-                tokenizer, request.prompt_token_ids, request.sampling_params
-            )
+            else IncrementalDetokenizer(tokenizer, request.prompt_token_ids, params)
         )
+        self._is_searched = bool(params.stop_strings)
         self._token_ids: list[int] = []
+        self._num_hidden_tokens = 0
+        """1 behind a stop token: as in vLLM, it is part of token_ids but not of the text."""
         self._text_parts: list[str] = []
-        self._cumulative_logprob = 0.0
+        self._num_decoded_tokens = 0
+        self._is_text_complete = False
+        self._raw_logprobs: list[TokenLogprobs] = []
         self._logprobs: list[dict[int, Logprob]] = []
+        self._cumulative_logprob = 0.0
         self._stop_reason: int | str | None = None
 
     def append(self, token: TokenOutput) -> None:
         """Take the next token; sets `finish_reason` if the engine or a stop string ends here."""
         self._token_ids.append(token.token_id)
         if token.logprobs is not None:
-            self._cumulative_logprob += token.logprobs.logprob
-            self._logprobs.append(make_logprobs(token.logprobs, token.token_id, self._tokenizer))
+            self._raw_logprobs.append(token.logprobs)
+        if token.finish_reason is FinishReason.STOP:
+            self._note_stop_token(token.token_id)
         self.finish_reason = token.finish_reason
-        is_stop_token = token.finish_reason is FinishReason.STOP
-        params = self.request.sampling_params
-        if is_stop_token and token.token_id in (params.stop_token_ids or ()):
-            self._stop_reason = token.token_id
-        if self._detokenizer is None:
-            return
-        # As in vLLM, the token that stops a request is part of token_ids but not of the text.
-        if not is_stop_token or params.include_stop_str_in_output:
-            self._text_parts.append(self._detokenizer.append(token.token_id))
-        if self._detokenizer.stop_reason is not None:
-            self.finish_reason = FinishReason.STOP
-            self._stop_reason = self._detokenizer.stop_reason
-        elif self.finish_reason is not None:
-            self._text_parts.append(self._detokenizer.finish())
+        if self._is_searched:
+            self._search(token.token_id)
 
     def output(self) -> CompletionOutput:
         """A copy of the present state."""
         with_logprobs = self.request.sampling_params.logprobs is not None
+        if not self._is_text_complete:
+            self._decode()
+        self._describe_logprobs()
         text = "".join(self._text_parts)
         self._text_parts = [text]
         return CompletionOutput(
@@ -68,6 +69,45 @@ class CompletionState:
             finish_reason=None if self.finish_reason is None else self.finish_reason.value,
             stop_reason=self._stop_reason,
         )
+
+    def _note_stop_token(self, token_id: int) -> None:
+        params = self.request.sampling_params
+        if token_id in (params.stop_token_ids or ()):
+            self._stop_reason = token_id
+        if not params.include_stop_str_in_output:
+            self._num_hidden_tokens = 1
+
+    def _search(self, token_id: int) -> None:
+        """Turn one token into text, and end the request if that completes a stop string."""
+        assert self._detokenizer is not None  # RequestBuilder refuses stop strings without
+        if not self._num_hidden_tokens:
+            self._text_parts.append(self._detokenizer.append(token_id))
+        if self._detokenizer.stop_reason is not None:
+            self.finish_reason = FinishReason.STOP
+            self._stop_reason = self._detokenizer.stop_reason
+            self._is_text_complete = True
+
+    def _decode(self) -> None:
+        """Turn the tokens since the last look into text; at the end, what was held back as well."""
+        if self._detokenizer is None:
+            return
+        is_finished = self.finish_reason is not None
+        if not self._is_searched:
+            num_tokens = len(self._token_ids) - self._num_hidden_tokens
+            new_ids = self._token_ids[self._num_decoded_tokens : num_tokens]
+            self._text_parts.append(self._detokenizer.extend(new_ids))
+            self._num_decoded_tokens = num_tokens
+        if is_finished:
+            self._text_parts.append(self._detokenizer.finish())
+            self._is_text_complete = True
+
+    def _describe_logprobs(self) -> None:
+        """Put the log-probabilities since the last look into the form that callers get."""
+        first = len(self._logprobs)
+        positions = zip(self._raw_logprobs[first:], self._token_ids[first:], strict=False)
+        for position, token_id in positions:
+            self._cumulative_logprob += position.logprob
+            self._logprobs.append(make_logprobs(position, token_id, self._tokenizer))
 
 
 class PromptState:

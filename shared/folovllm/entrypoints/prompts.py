@@ -46,7 +46,7 @@ def parse_prompt(
         token_ids = tokenizer.encode(text)
     if not token_ids:
         raise ValueError(f"prompt {index} has no tokens; an engine needs at least one")
-    token_ids = [int(token_id) for token_id in token_ids]
+    token_ids = list(map(int, token_ids))
     check_token_ids(f"prompt {index}", token_ids, vocab_size)
     return prompt if isinstance(prompt, Prompt) else Prompt(text, token_ids)
 
@@ -78,9 +78,15 @@ def _take_apart(prompt: PromptInput, index: int) -> tuple[str | None, Sequence[i
 
 
 def _is_token_ids(value: object) -> TypeGuard[Sequence[int]]:
-    """Also of an empty list: that it has no tokens is said later."""
+    """Also of an empty list: that it has no tokens is said later.
+
+    Looks at each type once, not at each id: prompts have tens of thousands of them.
+    """
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str)
-        and all(isinstance(item, Integral) and not isinstance(item, bool) for item in value)
+        and all(
+            issubclass(item_type, Integral) and not issubclass(item_type, bool)
+            for item_type in set(map(type, value))
+        )
     )

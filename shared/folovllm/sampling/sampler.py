@@ -23,6 +23,7 @@ from ..kernels.random import select_choose_tokens
 from ..request import Request
 from .logprobs import Logprobs
 from .tensors import SamplingTensors
+from .token_history import TokenHistory
 
 _SEED_LIMIT = 1 << 64
 
@@ -65,11 +66,16 @@ class SampledTokens:
 
 
 class Sampler:
-    """Turns logits into tokens; holds no state of requests, so it may see them in any order."""
+    """Turns logits into tokens; it may see requests in any order, and any of them in any step.
+
+    What it keeps of a request between steps is a copy on the device of the tokens of those with
+    penalties, brought up to date from the request itself.
+    """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.device = device
+        self._history = TokenHistory(device)
 
     def validate(self, request: Request) -> None:
         """Raise ValueError if this vocabulary cannot serve the request; for `add_request`."""
@@ -104,7 +110,7 @@ class Sampler:
         ValueError as `validate` for a seed or a biased token id that is out of range.
         """
         try:
-            return SamplingTensors.collect(requests, self.vocab_size, self.device)
+            return SamplingTensors.collect(requests, self.vocab_size, self._history)
         except (IndexError, OverflowError):
             for request in requests:
                 self.validate(request)

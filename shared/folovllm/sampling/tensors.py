@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ from ..request import Request
 from ..transfer import upload
 from .logits_processors import LogitBias, MinP, TopKTopP
 from .logprobs import LogprobsQuery
-from .penalties import OutputPenalties, RepetitionPenalty
+from .penalties import OutputPenalties, RepetitionPenalty, SeenTokens
+from .token_history import HistoryUpdate, TokenHistory
 
 _TEMPERATURE_LIMITS = (1e-30, 1e30)
 """Beyond these float32 noise under- or overflows, and no logits could tell the difference."""
@@ -68,10 +70,11 @@ class SamplingTensors:
 
     @staticmethod
     def collect(
-        requests: Sequence[Request], vocab_size: int, device: torch.device
+        requests: Sequence[Request], vocab_size: int, history: TokenHistory
     ) -> "SamplingTensors":
         """Row i gets the rules of `requests[i]`; nothing is uploaded if all rows are plain greedy.
 
+        `history`, on the device of the batch, is brought up to date for the rows with penalties.
         OverflowError as `Noise.collect`.
         """
         num_rows = len(requests)
@@ -86,13 +89,18 @@ class SamplingTensors:
             host |= _collect_random(requests, temperatures, vocab_size)
         if any(biases) or any(min_tokens):
             host["bias"] = LogitBias.collect(requests, vocab_size)
-        if repetition.count(1.0) < num_rows:
-            host["repetition"] = RepetitionPenalty.collect(requests)
-        if any(presence) or any(frequency):
-            host["output_penalties"] = OutputPenalties.collect(requests)
         if num_top.count(None) < num_rows:
             host["logprobs"] = LogprobsQuery.collect(num_top)
-        return _on_device(host, num_top, device)
+        penalties = enumerate(zip(repetition, presence, frequency, strict=True))
+        rows = [row for row, values in penalties if values != (1.0, 0.0, 0.0)]
+        update = history.collect([requests[row] for row in rows]) if rows else None
+        if update is not None:
+            asking = np.array(rows)
+            factor, once, each = (np.array(p)[asking] for p in (repetition, presence, frequency))
+            host["history"] = [update.positions, update.token_ids]
+            host["repetition"] = RepetitionPenalty.collect(asking, factor, update)
+            host["output_penalties"] = OutputPenalties.collect(asking, once, each, update)
+        return _on_device(host, num_top, history, update)
 
     @staticmethod
     def collect_noise(requests: Sequence[Request]) -> list[np.ndarray] | None:
@@ -137,27 +145,45 @@ def _collect_random(
 
 
 def _on_device(
-    host: dict[str, list[np.ndarray]], num_top: tuple[int | None, ...], device: torch.device
+    host: dict[str, list[np.ndarray]],
+    num_top: tuple[int | None, ...],
+    history: TokenHistory,
+    update: HistoryUpdate | None,
 ) -> SamplingTensors:
     """Upload all parts at once; `host` maps fields of `SamplingTensors` to what fills them."""
     parts = {name: arrays for name, arrays in host.items() if arrays}
-    num_rows = len(num_top)
     if not parts:
-        return SamplingTensors(num_rows=num_rows)
+        return SamplingTensors(num_rows=len(num_top))
+    device = history.token_ids.device
     tensors = iter(upload([array for arrays in parts.values() for array in arrays], device))
     views = {name: [next(tensors) for _ in arrays] for name, arrays in parts.items()}
+    if update is not None:
+        history.write(update, *views["history"])
     few, all_candidates = views.get("few_candidates"), views.get("all_candidates")
     return SamplingTensors(
-        num_rows=num_rows,
+        num_rows=len(num_top),
         noise=Noise(*views["noise"]) if "noise" in views else None,
         bias=LogitBias(*views["bias"]) if "bias" in views else None,
-        repetition=RepetitionPenalty(*views["repetition"]) if "repetition" in views else None,
-        output_penalties=(
-            OutputPenalties(*views["output_penalties"]) if "output_penalties" in views else None
-        ),
+        **_penalties_on_device(parts, views, history),
         min_p=MinP(*views["min_p"]) if "min_p" in views else None,
         few_candidates=TopKTopP(*few) if few else None,
         max_top_k=int(parts["few_candidates"][1].max()) if few else 0,
         all_candidates=TopKTopP(*all_candidates) if all_candidates else None,
         logprobs=LogprobsQuery(views["logprobs"][0], num_top) if "logprobs" in views else None,
     )
+
+
+def _penalties_on_device(
+    parts: dict[str, list[np.ndarray]],
+    views: dict[str, list[torch.Tensor]],
+    history: TokenHistory,
+) -> dict[str, Any]:
+    """The fields `repetition` and `output_penalties`, as far as rows ask for them."""
+    fields: dict[str, Any] = {}
+    for name, penalty in (("repetition", RepetitionPenalty), ("output_penalties", OutputPenalties)):
+        if name in views:
+            rows, lengths, offsets, *values = views[name]
+            num_entries = int(parts[name][1].sum())
+            seen = SeenTokens(history.token_ids, rows, lengths, offsets, num_entries)
+            fields[name] = penalty(seen, *values)
+    return fields

@@ -78,6 +78,25 @@ class IncrementalDetokenizer:
         text = self._utf8.decode(self._next_bytes(token_id))
         return self._search_and_emit(text) if text else ""
 
+    def extend(self, token_ids: Sequence[int]) -> str:
+        """Take several tokens; the same text as from `append`, one after the other.
+
+        For requests without stop strings, whose text nobody needs before the end, or not after
+        every token. RuntimeError where there are stop strings: only `append` can tell which token
+        ends a request.
+        """
+        if self._stops:
+            raise RuntimeError(f"tokens are searched for {self._stops} one at a time: use append")
+        shown = (token_id for token_id in token_ids if token_id not in self._skipped_ids)
+        pieces = []
+        if self._starts_text or self._prompt_tail:
+            for token_id in shown:
+                pieces.append(self._next_bytes(token_id))
+                if not (self._starts_text or self._prompt_tail):
+                    break
+        pieces += map(self._tokenizer.token_bytes, shown)
+        return self._utf8.decode(b"".join(pieces))
+
     def finish(self) -> str:
         """Return what was held back; a character that stayed unfinished becomes U+FFFD.
 
