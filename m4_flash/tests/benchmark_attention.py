@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from folovllm.hardware import describe_environment, measure_ceilings
-from folovllm.kernels.flash_attn_package import attend_version_3, installed_package
+from folovllm.kernels.flash_attn_package import attend_version_3, flash_attn_3
 from folovllm.kernels.reference import causal_attention
 from m4_flash.attention import AttentionMetadata
 from m4_flash.attention_backends import PackageAttention
@@ -159,7 +159,7 @@ def measure(case: Case, copy_bytes_per_s: float, flops_per_s: float) -> list[dic
     backends: dict[str, Any] = {
         "triton": TritonAttention(cache, case.num_heads, case.batch_size),
     }
-    interface = installed_package("flash_attn_interface")
+    interface = flash_attn_3()
     if interface is not None:
         backends["flash_attn_3"] = PackageAttention(cache, partial(attend_version_3, interface))
     rows = []

@@ -4,7 +4,6 @@ FlashAttention-3 (Shah et al. 2024) is the module `flash_attn_interface`, FlashA
 2023) is `flash_attn`. Both read paged caches in place.
 """
 
-import importlib
 from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
@@ -45,10 +44,10 @@ def load_flash_attn(dtype: torch.dtype, block_size: int) -> PagedAttendFn:
             f"attention_backend flash_attn computes in float16 or bfloat16 and the model is in "
             f"{str(dtype).removeprefix('torch.')}; choose triton, or another dtype"
         )
-    interface = installed_package("flash_attn_interface")
+    interface = flash_attn_3()
     if interface is not None:
         return partial(attend_version_3, interface)
-    package = installed_package("flash_attn")
+    package = _flash_attn_2()
     if package is None:
         raise ValueError(
             "attention_backend flash_attn needs FlashAttention-3 (module flash_attn_interface) or "
@@ -63,12 +62,21 @@ def load_flash_attn(dtype: torch.dtype, block_size: int) -> PagedAttendFn:
     return partial(attend_version_2, package)
 
 
-def installed_package(name: str) -> ModuleType | None:
-    """The module, if it is installed."""
+def flash_attn_3() -> ModuleType | None:
+    """The module of FlashAttention-3, if it is installed."""
     try:
-        return importlib.import_module(name)
+        import flash_attn_interface
     except ImportError:
         return None
+    return flash_attn_interface
+
+
+def _flash_attn_2() -> ModuleType | None:
+    try:
+        import flash_attn
+    except ImportError:
+        return None
+    return flash_attn
 
 
 def attend_version_3(
