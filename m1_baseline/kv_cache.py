@@ -34,12 +34,6 @@ class KVCache:
         self.keys = [self.empty] * self.num_layers
         self.values = [self.empty] * self.num_layers
 
-    def truncate(self, num_tokens: int) -> None:
-        """Keep the first tokens; more are there after a step that was broken off."""
-        if self.keys[0].shape[1] > num_tokens:
-            self.keys = [keys[:, :num_tokens] for keys in self.keys]
-            self.values = [values[:, :num_tokens] for values in self.values]
-
     def append(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v: [num_tokens, num_kv_heads, head_dim], the next tokens of the sequence."""
         self.keys[layer_idx] = torch.cat((self.keys[layer_idx], k.transpose(0, 1)), dim=1)

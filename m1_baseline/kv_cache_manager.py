@@ -11,6 +11,10 @@ class KVCacheManager:
     def __init__(self, config: EngineConfig, num_tokens: int) -> None:
         self.num_tokens = num_tokens
         """Tokens the cache may grow to."""
+        self.clear()
+
+    def clear(self) -> None:
+        """Take the cache from whoever holds it."""
         self.num_reserved_tokens = 0
         """Tokens it has grown to: exactly what the running request needs."""
         self.owner: str | None = None
@@ -28,5 +32,4 @@ class KVCacheManager:
     def free(self, request: Request) -> None:
         """Take the cache from a request that may or may not hold it."""
         if self.owner == request.request_id:
-            self.owner = None
-            self.num_reserved_tokens = 0
+            self.clear()

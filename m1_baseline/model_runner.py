@@ -57,7 +57,6 @@ class ModelRunner:
         end = start + scheduled.num_scheduled_tokens
         if start == 0:
             self.kv_cache.clear()
-        self.kv_cache.truncate(start)
         input_ids, positions, logits_indices = upload(
             (
                 np.array(scheduled.request.token_ids[start:end], dtype=np.int64),

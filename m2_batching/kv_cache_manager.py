@@ -18,7 +18,11 @@ class KVCacheManager:
         self.slot_len = config.max_model_len
         self.num_tokens = num_tokens
         """Tokens of all slots together."""
-        self.free_slots = list(range(num_tokens // self.slot_len))
+        self.clear()
+
+    def clear(self) -> None:
+        """Take every slot from whoever holds it."""
+        self.free_slots = list(range(self.num_tokens // self.slot_len))
         """A heap."""
         self.slots: dict[str, int] = {}
 

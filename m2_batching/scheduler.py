@@ -1,12 +1,12 @@
 """Which requests run in the next step, and how many tokens of each."""
 
-import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
 
 from folovllm.interfaces import SamplerOutput, StepOutput, StepStats, TokenOutput
 from folovllm.request import FinishReason, Request, RequestStatus
+from folovllm.request_queue import RequestQueue
 
 from .config import EngineConfig, SchedulingPolicy
 from .kv_cache_manager import KVCacheManager
@@ -25,6 +25,8 @@ class SchedulerOutput:
     """What one step computes; empty when there is nothing to do."""
 
     scheduled: tuple[ScheduledRequest, ...]
+    num_tokens: dict[Request, int] = field(default_factory=dict)
+    """Of every scheduled request, before the step."""
 
 
 class Scheduler:
@@ -39,8 +41,7 @@ class Scheduler:
         self.config = config
         self.kv_cache_manager = kv_cache_manager
         self.requests: dict[str, Request] = {}
-        self.waiting: list[tuple[int, int, Request]] = []
-        """A heap of (priority, order of arrival, request)."""
+        self.waiting = RequestQueue()
         self.running: list[Request] = []
         self.arrivals = count()
 
@@ -49,34 +50,36 @@ class Scheduler:
             raise ValueError(
                 f"request id {request.request_id!r} is in use; give every request its own"
             )
-        self.requests[request.request_id] = request
         by_priority = self.config.scheduling_policy is SchedulingPolicy.PRIORITY
         priority = request.priority if by_priority else 0
-        heapq.heappush(self.waiting, (priority, next(self.arrivals), request))
+        request.place = (priority, next(self.arrivals))
+        self.requests[request.request_id] = request
+        self.waiting.push(request)
 
     def abort_request(self, request_id: str) -> None:
         request = self.requests.get(request_id)
         if request is None:
             return
-        if request.status is RequestStatus.WAITING:
-            self.waiting = [entry for entry in self.waiting if entry[2] is not request]
-            heapq.heapify(self.waiting)
+        is_running = request.status is RequestStatus.RUNNING
         request.finish(FinishReason.ABORT)
-        self._release([request])
+        self._release(request)
+        (self.running if is_running else self.waiting).remove(request)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
 
     def schedule(self) -> SchedulerOutput:
         """Start the prompts that can start; if none can, advance everything that runs."""
-        scheduled = self._schedule_waiting() or self._schedule_running()
-        return SchedulerOutput(scheduled=tuple(scheduled))
+        if len(self.waiting) + len(self.running) != len(self.requests):
+            self.start_over()  # Ctrl-C came where a request was in no queue
+        scheduled = tuple(self._schedule_waiting() or self._schedule_running())
+        return SchedulerOutput(scheduled, {s.request: s.request.num_tokens for s in scheduled})
 
     def _schedule_waiting(self) -> list[ScheduledRequest]:
         scheduled: list[ScheduledRequest] = []
         max_query_len = 0
         while self.waiting and len(self.running) < self.config.max_num_seqs:
-            request = self.waiting[0][2]
+            request = self.waiting.first
             num_new_tokens = request.num_tokens - request.num_computed_tokens
             max_query_len = max(max_query_len, num_new_tokens)
             # Attention pads every prompt to the longest: that is what the step costs.
@@ -85,7 +88,7 @@ class Scheduler:
             slot = self.kv_cache_manager.allocate_slots(request, num_new_tokens)
             if slot is None:
                 break
-            heapq.heappop(self.waiting)
+            self.waiting.pop()
             request.status = RequestStatus.RUNNING
             self.running.append(request)
             scheduled.append(ScheduledRequest(request, num_new_tokens, slot))
@@ -113,19 +116,39 @@ class Scheduler:
             strict=True,
         ):
             request = scheduled.request
+            if request.status is RequestStatus.FINISHED:
+                continue  # aborted since the step was scheduled
             request.num_computed_tokens += scheduled.num_scheduled_tokens
             finish_reason = request.append_output_token(token_id)
             tokens.append(TokenOutput(request.request_id, token_id, finish_reason, logprobs))
         stats = self._stats(scheduler_output)
-        self._release([r for r in self.running if r.finish_reason is not None])
+        for request in [r for r in self.running if r.status is RequestStatus.FINISHED]:
+            self._release(request)
+            self.running.remove(request)
         return StepOutput(tuple(tokens), stats)
 
-    def _release(self, finished: list[Request]) -> None:
-        for request in finished:
-            del self.requests[request.request_id]
-            self.kv_cache_manager.free(request)
-        if finished:
-            self.running = [r for r in self.running if r.status is RequestStatus.RUNNING]
+    def start_over(self, broken_step: SchedulerOutput | None = None) -> None:
+        """Compute everybody again, after a step that broke off at any line (Ctrl-C).
+
+        How far the cache, the queues and tables were changed cannot be known: nothing but the
+        requests is trusted. Tokens that `broken_step` brought were not reported: back they go.
+        """
+        self.waiting, self.running = RequestQueue(), []
+        self.kv_cache_manager.clear()
+        for request, num_tokens in broken_step.num_tokens.items() if broken_step else ():
+            if request.num_tokens > num_tokens:
+                request.take_back_output(num_tokens)
+                self.requests[request.request_id] = request
+        unfinished = [r for r in self.requests.values() if r.status is not RequestStatus.FINISHED]
+        self.requests = {request.request_id: request for request in unfinished}
+        for request in unfinished:
+            request.status = RequestStatus.WAITING
+            request.num_computed_tokens = 0
+            self.waiting.push(request)
+
+    def _release(self, request: Request) -> None:
+        del self.requests[request.request_id]
+        self.kv_cache_manager.free(request)
 
     def _stats(self, scheduler_output: SchedulerOutput) -> StepStats:
         scheduled = scheduler_output.scheduled

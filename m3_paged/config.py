@@ -61,6 +61,12 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_model_len ({self.max_model_len}): a prompt is computed in one step"
             )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.max_num_seqs}): every running request gets a token per step; "
+                f"lower max_num_seqs or raise max_num_batched_tokens"
+            )
         if self.swap_cache_tokens < 0:
             raise ValueError(f"swap_cache_tokens must be at least 0, got {self.swap_cache_tokens}")
 

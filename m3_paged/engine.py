@@ -41,10 +41,18 @@ class LLMEngine:
         return self.scheduler.has_unfinished_requests()
 
     def step(self) -> StepOutput:
-        """Run one forward pass; return the tokens that came out of it."""
-        scheduler_output = self.scheduler.schedule()
-        sampler_output = self.model_runner.execute(scheduler_output)
-        return self.scheduler.update(scheduler_output, sampler_output)
+        """Run one forward pass; return the tokens that came out of it.
+
+        A step that breaks off at any line (Ctrl-C) counts as not begun.
+        """
+        scheduler_output = None
+        try:
+            scheduler_output = self.scheduler.schedule()
+            sampler_output = self.model_runner.execute(scheduler_output)
+            return self.scheduler.update(scheduler_output, sampler_output)
+        except BaseException:
+            self.scheduler.start_over(scheduler_output)
+            raise
 
     def _check_context(self, model: CausalLM) -> None:
         limit = model.config.max_context_len

@@ -1,13 +1,14 @@
 """Which requests run in the next step, and how many tokens of each."""
 
-import heapq
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
+from operator import attrgetter
 from typing import NamedTuple
 
 from folovllm.interfaces import SamplerOutput, StepOutput, StepStats, TokenOutput
 from folovllm.request import FinishReason, Request, RequestStatus
+from folovllm.request_queue import RequestQueue
 
 from .config import EngineConfig, PreemptionMode, SchedulingPolicy
 from .kv_cache_manager import BlockCopy, CopyKind, KVCacheManager
@@ -29,6 +30,8 @@ class SchedulerOutput:
     block_copies: tuple[BlockCopy, ...]
     """To be performed in this order, before the forward pass"""
     num_preemptions: int = 0
+    num_tokens: dict[Request, int] = field(default_factory=dict)
+    """Of every scheduled request, before the step."""
 
 
 class Scheduler:
@@ -48,45 +51,40 @@ class Scheduler:
         self.config = config
         self.kv_cache_manager = kv_cache_manager
         self.requests: dict[str, Request] = {}
-        self.order: dict[str, tuple[int, int]] = {}
-        """Request id -> (priority, order of arrival), kept through preemptions."""
-        self.waiting: list[tuple[tuple[int, int], Request]] = []
-        """A heap of (order, request)."""
+        self.waiting = RequestQueue()
         self.swapped: list[Request] = []
-        """In order; so is `running`."""
+        """In the order of `place`; so is `running`."""
         self.running: list[Request] = []
         self.arrivals = count()
-        self.open_step: SchedulerOutput | None = None
-        """Scheduled and not yet recorded by `update`."""
 
     def add_request(self, request: Request) -> None:
         if request.request_id in self.requests:
             raise ValueError(
                 f"request id {request.request_id!r} is in use; give every request its own"
             )
-        self.requests[request.request_id] = request
         by_priority = self.config.scheduling_policy is SchedulingPolicy.PRIORITY
         priority = request.priority if by_priority else 0
-        self.order[request.request_id] = (priority, next(self.arrivals))
-        heapq.heappush(self.waiting, (self._place(request), request))
+        request.place = (priority, next(self.arrivals))
+        self.requests[request.request_id] = request
+        self.waiting.push(request)
 
     def abort_request(self, request_id: str) -> None:
         request = self.requests.get(request_id)
         if request is None:
             return
-        if request.status is RequestStatus.WAITING:
-            self.waiting = [entry for entry in self.waiting if entry[1] is not request]
-            heapq.heapify(self.waiting)
+        queues = {RequestStatus.RUNNING: self.running, RequestStatus.SWAPPED: self.swapped}
+        queue: list[Request] | RequestQueue = queues.get(request.status, self.waiting)
         request.finish(FinishReason.ABORT)
-        self._release([request])
+        self._release(request)
+        queue.remove(request)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
 
     def schedule(self) -> SchedulerOutput:
         """Bring swapped requests back, start prompts; if none can, advance all that runs."""
-        if self.open_step is not None:
-            self._start_over()
+        if len(self.waiting) + len(self.swapped) + len(self.running) != len(self.requests):
+            self.start_over()  # Ctrl-C came where a request was in no queue
         block_copies: list[BlockCopy] = []
         self._resume_swapped(block_copies)
         num_held = len(self.running)
@@ -95,21 +93,12 @@ class Scheduler:
         if not scheduled:
             scheduled = self._schedule_running(block_copies)
             num_preemptions = num_held - len(self.running)
-        self.open_step = SchedulerOutput(tuple(scheduled), tuple(block_copies), num_preemptions)
-        return self.open_step
-
-    def _start_over(self) -> None:
-        """Compute everybody again: the last step broke off, and with it some of its copies.
-
-        Whether a block was copied before the interruption cannot be known, so no block is trusted.
-        """
-        for request in (*self.running, *self.swapped):
-            self._queue_again(request)
-        self.running, self.swapped = [], []
+        num_tokens = {s.request: s.request.num_tokens for s in scheduled}
+        return SchedulerOutput(tuple(scheduled), tuple(block_copies), num_preemptions, num_tokens)
 
     def _resume_swapped(self, block_copies: list[BlockCopy]) -> None:
         while self.swapped and len(self.running) < self.config.max_num_seqs:
-            if self.waiting and self.waiting[0][0] < self._place(self.swapped[0]):
+            if self.waiting and self.waiting.first.place < self.swapped[0].place:
                 return
             # The one that comes back wants to grow as well, unless it has the pool to itself.
             num_spare_blocks = len(self.running) + 1 if self.running else 0
@@ -123,8 +112,8 @@ class Scheduler:
         scheduled: list[ScheduledRequest] = []
         max_query_len = 0
         while self.waiting and len(self.running) < self.config.max_num_seqs:
-            place, request = self.waiting[0]
-            if self.swapped and self._place(self.swapped[0]) < place:
+            request = self.waiting.first
+            if self.swapped and self.swapped[0].place < request.place:
                 break
             if self._is_parent_starting(request):
                 break
@@ -141,7 +130,7 @@ class Scheduler:
                 self._forget(request)
                 break
             block_copies += copies
-            heapq.heappop(self.waiting)
+            self.waiting.pop()
             self._run(request)
             scheduled.append(self._scheduled(request, num_new_tokens))
         return scheduled
@@ -167,14 +156,14 @@ class Scheduler:
             if copies is not None:
                 block_copies += copies
                 request.status = RequestStatus.SWAPPED
-                insort(self.swapped, request, key=self._place)
+                insort(self.swapped, request, key=attrgetter("place"))
                 return
         self._queue_again(request)
 
     def _queue_again(self, request: Request) -> None:
         self._forget(request)
         request.status = RequestStatus.WAITING
-        heapq.heappush(self.waiting, (self._place(request), request))
+        self.waiting.push(request)
 
     def _is_parent_starting(self, request: Request) -> bool:
         """Whether the prompt to share is part of this very step: then the fork waits for it."""
@@ -201,10 +190,7 @@ class Scheduler:
 
     def _run(self, request: Request) -> None:
         request.status = RequestStatus.RUNNING
-        insort(self.running, request, key=self._place)
-
-    def _place(self, request: Request) -> tuple[int, int]:
-        return self.order[request.request_id]
+        insort(self.running, request, key=attrgetter("place"))
 
     def _scheduled(self, request: Request, num_new_tokens: int) -> ScheduledRequest:
         block_table = tuple(self.kv_cache_manager.block_tables[request.request_id])
@@ -214,7 +200,6 @@ class Scheduler:
         self, scheduler_output: SchedulerOutput, sampler_output: SamplerOutput
     ) -> StepOutput:
         """Record a finished step: append the sampled tokens, let finished requests go."""
-        self.open_step = None
         tokens = []
         for scheduled, token_id, logprobs in zip(
             scheduler_output.scheduled,
@@ -223,20 +208,37 @@ class Scheduler:
             strict=True,
         ):
             request = scheduled.request
+            if request.status is RequestStatus.FINISHED:
+                continue  # aborted since the step was scheduled
             request.num_computed_tokens += scheduled.num_scheduled_tokens
             finish_reason = request.append_output_token(token_id)
             tokens.append(TokenOutput(request.request_id, token_id, finish_reason, logprobs))
         stats = self._stats(scheduler_output)
-        self._release([r for r in self.running if r.finish_reason is not None])
+        for request in [r for r in self.running if r.status is RequestStatus.FINISHED]:
+            self._release(request)
+            self.running.remove(request)
         return StepOutput(tuple(tokens), stats)
 
-    def _release(self, finished: list[Request]) -> None:
-        for request in finished:
-            del self.requests[request.request_id], self.order[request.request_id]
-            self.kv_cache_manager.free(request)
-        if finished:
-            self.running = [r for r in self.running if r.status is RequestStatus.RUNNING]
-            self.swapped = [r for r in self.swapped if r.status is RequestStatus.SWAPPED]
+    def start_over(self, broken_step: SchedulerOutput | None = None) -> None:
+        """Compute everybody again, after a step that broke off at any line (Ctrl-C).
+
+        How far blocks, tables and queues were changed cannot be known: nothing but the requests
+        is trusted. Tokens that `broken_step` brought were not reported: back they go.
+        """
+        self.waiting, self.swapped, self.running = RequestQueue(), [], []
+        self.kv_cache_manager.clear()
+        for request, num_tokens in broken_step.num_tokens.items() if broken_step else ():
+            if request.num_tokens > num_tokens:
+                request.take_back_output(num_tokens)
+                self.requests[request.request_id] = request
+        unfinished = [r for r in self.requests.values() if r.status is not RequestStatus.FINISHED]
+        self.requests = {request.request_id: request for request in unfinished}
+        for request in unfinished:
+            self._queue_again(request)
+
+    def _release(self, request: Request) -> None:
+        del self.requests[request.request_id]
+        self.kv_cache_manager.free(request)
 
     def _stats(self, scheduler_output: SchedulerOutput) -> StepStats:
         scheduled = scheduler_output.scheduled

@@ -40,8 +40,13 @@ class KVCacheManager:
         self.block_size = config.block_size
         self.num_tokens = num_tokens
         """Tokens of all blocks together."""
-        self.pool = BlockPool(num_tokens // config.block_size)
-        self.swap_pool = BlockPool(config.num_swap_blocks)
+        self.num_swap_blocks = config.num_swap_blocks
+        self.clear()
+
+    def clear(self) -> None:
+        """Take all blocks from everybody."""
+        self.pool = BlockPool(self.num_tokens // self.block_size)
+        self.swap_pool = BlockPool(self.num_swap_blocks)
         self.block_tables: dict[str, list[int]] = {}
         self.swapped_block_tables: dict[str, list[int]] = {}
 

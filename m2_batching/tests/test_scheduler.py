@@ -13,7 +13,9 @@ PARAMS = SamplingParams(max_tokens=3, temperature=0.0)
 
 
 def make_scheduler(num_slots: int = 4, **options: object) -> Scheduler:
-    config = EngineConfig(**{"max_model_len": 16, "max_num_batched_tokens": 24, **options})
+    config = EngineConfig(
+        **{"max_model_len": 16, "max_num_batched_tokens": 24, "max_num_seqs": 8, **options}
+    )
     return Scheduler(config, KVCacheManager(config, num_tokens=16 * num_slots))
 
 
@@ -145,6 +147,10 @@ def test_lowest_free_slot_goes_first_in_whatever_order_slots_come_back() -> None
     [
         ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
         ({"max_num_batched_tokens": 15}, r"max_num_batched_tokens \(15\) must be at least"),
+        (
+            {"max_num_batched_tokens": 32, "max_num_seqs": 33},
+            r"max_num_batched_tokens \(32\) must be at least max_num_seqs \(33\): every running",
+        ),
         ({"gpu_memory_utilization": 1.5}, r"gpu_memory_utilization must be in \(0, 1\], got 1.5"),
         ({"gpu_memory_utilization": "0.5"}, "gpu_memory_utilization must be a number, got '0.5'"),
         (

@@ -18,6 +18,15 @@ __all__ = ["toy_model"]
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 RANDOM = SamplingParams(temperature=1.0, max_tokens=40, ignore_eos=True, repetition_penalty=1.2)
+PENALTIES = SamplingParams(
+    temperature=0.0,
+    max_tokens=40,
+    ignore_eos=True,
+    presence_penalty=2.0,
+    frequency_penalty=2.0,
+    logit_bias=dict.fromkeys(range(10), 8.0),
+)
+"""Greedy among a few tokens, so that what was produced before the preemption decides."""
 
 
 def make_engine(model, num_blocks: int, block_size: int = 4, **options) -> LLMEngine:
@@ -68,7 +77,9 @@ def tokens_alone(model, prompts, params) -> list[list[int]]:
     return expected
 
 
-@pytest.mark.parametrize("params", [GREEDY, RANDOM], ids=["greedy", "random"])
+@pytest.mark.parametrize(
+    "params", [GREEDY, RANDOM, PENALTIES], ids=["greedy", "random", "penalties"]
+)
 @pytest.mark.parametrize("mode", PreemptionMode)
 def test_requests_preempted_several_times_end_with_the_same_tokens(toy_model, mode, params) -> None:
     prompts = random_prompts(seed=1, count=6, vocab_size=199, min_len=12, max_len=20)
@@ -237,6 +248,28 @@ def test_step_that_breaks_off_loses_no_copies_and_no_tokens(
             num_interrupts += 1
     assert num_interrupts > 5
     assert [request.output_token_ids for request in requests] == expected
+
+
+def test_cache_one_block_short_of_a_request_is_refused(toy_model) -> None:
+    make_engine(toy_model, num_blocks=16)  # 64 tokens, a request of max_model_len
+    with pytest.raises(ValueError, match="one request of max_model_len 64 takes 16 blocks"):
+        make_engine(toy_model, num_blocks=15)
+    make_engine(toy_model, num_blocks=13, block_size=5)
+    with pytest.raises(ValueError, match="lower max_model_len or raise kv_cache_bytes"):
+        make_engine(toy_model, num_blocks=12, block_size=5)
+
+
+def test_request_one_token_too_long_is_refused_and_the_longest_uses_the_whole_cache(
+    toy_model,
+) -> None:
+    engine = make_engine(toy_model, num_blocks=16)
+    longest, other, too_long = make_requests([[7] * 24, [3] * 8, [7] * 25], GREEDY)
+    engine.add_request(longest)
+    engine.add_request(other)
+    with pytest.raises(ValueError, match="needs 65 tokens of context"):
+        engine.add_request(too_long)
+    drain(engine, [])
+    assert (longest.num_output_tokens, other.num_output_tokens) == (40, 40)
 
 
 @pytest.mark.parametrize("seed", range(25))

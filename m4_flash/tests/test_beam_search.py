@@ -1,6 +1,7 @@
 """Beam search on forked requests against Transformers'."""
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from folovllm.entrypoints.beam_search import BeamSearchParams
 from folovllm.testing.driver import check_idle, random_prompts
 from folovllm.testing.toy_models import reference_greedy, toy_families, write_toy_model
 from m4_flash import LLM
+from m4_flash.config import PreemptionMode
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +128,59 @@ def test_beams_survive_a_pool_that_is_too_small_for_them(toy_directory: Path) ->
         tokens = [sequence.tokens for sequence in output.sequences]
         assert tokens == [sequence.tokens for sequence in other.sequences]
     check_idle(llm.engine)
+
+
+@pytest.mark.parametrize("mode", PreemptionMode)
+def test_beams_that_give_way_to_each_other_end_the_same(
+    toy_directory: Path, monkeypatch, mode: PreemptionMode
+) -> None:
+    params = BeamSearchParams(beam_width=4, max_tokens=24, ignore_eos=True)
+    prompts = random_prompts(seed=12, count=2, vocab_size=199, min_len=20, max_len=20)
+    expected = make_llm(toy_directory).beam_search(prompts, params)
+    bytes_per_token = 2 * 2 * 2 * 16 * 4
+    llm = make_llm(
+        toy_directory,
+        max_model_len=48,
+        block_size=2,
+        kv_cache_bytes=58 * bytes_per_token,
+        preemption_mode=mode,
+    )
+    num_preemptions = []
+    original = llm.engine.step
+
+    def step():
+        output = original()
+        num_preemptions.append(output.stats.num_preemptions)
+        return output
+
+    monkeypatch.setattr(llm.engine, "step", step)
+    actual = llm.beam_search(prompts, params)
+    assert sum(num_preemptions) > 0
+    for output, other in zip(actual, expected, strict=True):
+        tokens = [sequence.tokens for sequence in output.sequences]
+        assert tokens == [sequence.tokens for sequence in other.sequences]
+    check_idle(llm.engine)
+
+
+def test_search_keeps_only_its_last_beams_alive(toy_directory: Path, monkeypatch) -> None:
+    llm = make_llm(toy_directory, max_num_seqs=8)
+    requests, num_alive = [], []
+    add_request, step = llm.engine.add_request, llm.engine.step
+
+    def watched_add_request(request):
+        requests.append(weakref.ref(request))
+        add_request(request)
+
+    def watched_step():
+        num_alive.append(sum(request() is not None for request in requests))
+        return step()
+
+    monkeypatch.setattr(llm.engine, "add_request", watched_add_request)
+    monkeypatch.setattr(llm.engine, "step", watched_step)
+    llm.beam_search([[5, 6, 7]], BeamSearchParams(beam_width=3, max_tokens=60, ignore_eos=True))
+    assert len(requests) > 170
+    # A round's beams, their parents, and those whose rows on the device are not used again yet.
+    assert max(num_alive) <= 3 + 3 + 3 + 8
 
 
 def test_prompt_without_room_is_refused_and_nothing_stays(toy_directory: Path) -> None:

@@ -154,6 +154,8 @@ class Request:
     """Key of this request's random numbers; the n-th output token uses counter n."""
     priority: int = 0
     """Lower runs first under the priority policy."""
+    place: tuple[int, int] = (0, 0)
+    """(priority, order of arrival) as the scheduler counts them; kept when it has to wait again."""
     fork_of: "Request | None" = None
     """A request with the same prompt, whose computed keys and values this one may share."""
     arrival_time: float = 0.0
@@ -210,6 +212,13 @@ class Request:
             self.finish(FinishReason.LENGTH)
         return self.finish_reason
 
+    def take_back_output(self, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens; if one behind them ended the request, it goes on."""
+        del self.token_ids[num_tokens:]
+        self.status = RequestStatus.WAITING
+        self.finish_reason = None
+
     def finish(self, reason: FinishReason) -> None:
         self.status = RequestStatus.FINISHED
         self.finish_reason = reason
+        self.fork_of = None  # or the last beam of a search keeps all its ancestors alive

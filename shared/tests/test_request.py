@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from folovllm.request import Request, SamplingParams
+from folovllm.request import FinishReason, Request, RequestStatus, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,32 @@ def test_request_needs_a_prompt_and_a_limit() -> None:
     params = SamplingParams(max_tokens=None)
     with pytest.raises(ValueError, match="request a has max_tokens=None"):
         Request(request_id="a", prompt_token_ids=[1], sampling_params=params)
+
+
+def make_request(**fields: Any) -> Request:
+    params = SamplingParams(max_tokens=3)
+    return Request(request_id="a", prompt_token_ids=[1, 2], sampling_params=params, **fields)
+
+
+def test_every_end_of_sequence_id_ends_a_request() -> None:
+    for token_id in (7, 8):
+        request = make_request(eos_token_ids=frozenset({7, 8}))
+        assert request.append_output_token(6) is None
+        assert request.append_output_token(token_id) is FinishReason.STOP
+
+
+def test_output_that_is_taken_back_takes_the_end_with_it() -> None:
+    request = make_request()
+    assert [request.append_output_token(n) for n in (5, 6, 7)] == [None, None, FinishReason.LENGTH]
+    assert request.status is RequestStatus.FINISHED
+    request.take_back_output(4)
+    assert request.output_token_ids == [5, 6]
+    assert (request.status, request.finish_reason) == (RequestStatus.WAITING, None)
+    assert request.append_output_token(8) is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("reason", FinishReason)
+def test_finished_request_lets_go_of_the_one_it_forked_from(reason: FinishReason) -> None:
+    request = make_request(fork_of=make_request())
+    request.finish(reason)
+    assert request.fork_of is None

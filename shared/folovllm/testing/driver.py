@@ -97,4 +97,8 @@ def check_idle(engine: Engine) -> None:
     assert not engine.has_unfinished_requests()
     assert not engine.scheduler.running  # type: ignore[attr-defined]
     assert not engine.scheduler.waiting  # type: ignore[attr-defined]
-    assert engine.kv_cache_manager.num_reserved_tokens == 0  # type: ignore[attr-defined]
+    assert not getattr(engine.scheduler, "swapped", ())  # type: ignore[attr-defined]
+    manager = engine.kv_cache_manager  # type: ignore[attr-defined]
+    assert manager.num_reserved_tokens == 0
+    if hasattr(manager, "swap_pool"):
+        assert manager.swap_pool.num_used_blocks == 0, "host memory is held for nobody"

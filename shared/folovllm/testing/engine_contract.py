@@ -21,6 +21,7 @@ from ..model.transformer import CausalLM
 from ..request import FinishReason, Request, SamplingParams
 from .driver import check_idle, check_step, drain, make_requests, random_prompts
 from .forced_sampler import ForcedSampler
+from .line_interrupts import LineInterrupt
 from .toy_models import ToyFamily, reference_greedy, reference_logits, toy_families, write_toy_model
 
 
@@ -114,6 +115,15 @@ class EngineContract:
             drain(self.make_engine(toy_model), [request])
             assert request.output_token_ids == [eos]
             assert request.finish_reason is FinishReason.STOP
+
+    def test_llm_knows_every_eos_id_of_the_generation_config(self, toy_directory: Path) -> None:
+        options = {"max_model_len": 192, **self.options}
+        llm = self.stage.LLM(toy_directory, device="cpu", **options)
+        for eos in (2, 3):
+            params = _greedy(8, logit_bias={eos: 1e4})
+            (output,) = llm.generate([[5, 6, 7]], params, use_tqdm=False)
+            assert output.outputs[0].token_ids == [eos]
+            assert output.outputs[0].finish_reason == "stop"
 
     def test_ignore_eos_goes_on_to_max_tokens(self, toy_model: CausalLM) -> None:
         params = _greedy(8, logit_bias={2: 1e4}, ignore_eos=True)
@@ -263,6 +273,69 @@ class EngineContract:
                     engine.step()
         drain(engine, [])
         assert [r.output_token_ids for r in requests] == [r.output_token_ids for r in expected]
+
+    def test_request_aborted_while_its_step_runs_gets_no_token(
+        self, toy_model: CausalLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine: Any = self.make_engine(toy_model)
+        params = _greedy(6, logit_bias={2: 1e4})
+        aborted, other = make_requests([[5, 6]] * 2, params, eos_token_ids=frozenset({2}))
+        engine.add_request(aborted)
+        engine.add_request(other)
+        execute = engine.model_runner.execute
+
+        def abort_and_execute(scheduler_output: Any) -> Any:
+            engine.abort_request(aborted.request_id)
+            return execute(scheduler_output)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.model_runner, "execute", abort_and_execute)
+            output = engine.step()
+        assert aborted.request_id not in [token.request_id for token in output.tokens]
+        drain(engine, [])
+        assert (aborted.output_token_ids, other.output_token_ids) == ([], [2])
+        assert aborted.finish_reason is FinishReason.ABORT
+
+    def test_interrupt_at_any_line_of_the_stage_changes_no_token(self, toy_model: CausalLM) -> None:
+        assert self.stage.__file__ is not None
+        files = [str(path) for path in Path(self.stage.__file__).parent.glob("*.py")]
+        prompts = random_prompts(seed=9, count=4, vocab_size=199, max_len=12)
+        params = [_greedy(n, ignore_eos=True) for n in (1, 3, 5, 4)]
+        expected, num_lines = self._run_interrupted(toy_model, prompts, params, files, 0)
+        for index in range(25):  # lines spread over the whole run; the scheduler's tests try all
+            line_number = 1 + index * num_lines // 25
+            tokens, _ = self._run_interrupted(toy_model, prompts, params, files, line_number)
+            assert tokens == expected, f"interrupted at line {line_number}"
+
+    def _run_interrupted(
+        self,
+        model: CausalLM,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        files: list[str],
+        line_number: int,
+    ) -> tuple[list[list[int]], int]:
+        """(Tokens that were reported per request, lines that were executed)."""
+        engine = self.make_engine(model)
+        requests = make_requests(prompts, params)
+        reported: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        interrupt = LineInterrupt(files, line_number)
+        for request in requests:
+            engine.add_request(request)
+        for _ in range(200):  # without end if a request is in no queue
+            try:
+                with interrupt:
+                    output = engine.step()
+            except KeyboardInterrupt:
+                continue
+            check_step(engine, output)
+            for token in output.tokens:
+                reported[token.request_id].append(token.token_id)
+            if not engine.has_unfinished_requests():
+                break
+        assert interrupt.has_fired == (line_number > 0)
+        check_idle(engine)
+        return list(reported.values()), interrupt.num_lines
 
     def test_step_without_requests_returns_nothing(self, toy_model: CausalLM) -> None:
         output = self.make_engine(toy_model).step()

@@ -1,0 +1,80 @@
+"""What must hold between the queues of a scheduler and the tables of its KV cache manager."""
+
+from collections import Counter
+from typing import Any
+
+from ..request import RequestStatus
+
+
+def check_bookkeeping(scheduler: Any) -> None:
+    """Everybody is in one queue, in order, and holds exactly what belongs to that state."""
+    has_preemption = hasattr(scheduler, "swapped")
+    swapped = scheduler.swapped if has_preemption else []
+    requests = scheduler.requests.values()
+    for queue, status in ((scheduler.running, "RUNNING"), (swapped, "SWAPPED")):
+        assert not has_preemption or queue == sorted(queue, key=lambda request: request.place)
+        assert set(queue) == {r for r in requests if r.status is RequestStatus[status]}
+    waiting = [r for r in requests if r.status is RequestStatus.WAITING]
+    assert len(scheduler.waiting) == len(waiting)
+    assert len(waiting) + len(swapped) + len(scheduler.running) == len(requests)
+    if waiting:
+        assert scheduler.waiting.first is min(waiting, key=lambda request: request.place)
+    assert all(r.num_computed_tokens == 0 for r in waiting)
+    assert all(r.num_computed_tokens == r.num_tokens - 1 for r in (*scheduler.running, *swapped))
+    assert len(scheduler.running) <= getattr(scheduler.config, "max_num_seqs", 1)
+    manager = scheduler.kv_cache_manager
+    if hasattr(manager, "pool"):
+        check_blocks(scheduler)
+    elif hasattr(manager, "slots"):
+        check_slots(scheduler)
+    else:
+        owners = [request.request_id for request in scheduler.running]
+        assert [manager.owner] == (owners or [None])
+        live = [request.num_computed_tokens for request in scheduler.running]
+        assert manager.num_reserved_tokens == sum(live)
+
+
+def check_slots(scheduler: Any) -> None:
+    """Every slot is free or belongs to one running request."""
+    manager = scheduler.kv_cache_manager
+    assert manager.slots.keys() == {r.request_id for r in scheduler.running}
+    slots = [*manager.slots.values(), *manager.free_slots]
+    assert sorted(slots) == list(range(manager.num_tokens // manager.slot_len))
+
+
+def check_blocks(scheduler: Any) -> None:
+    """Every block is free or named by as many tables as its reference count says."""
+    manager = scheduler.kv_cache_manager
+    for pool, tables in (
+        (manager.pool, manager.block_tables),
+        (manager.swap_pool, manager.swapped_block_tables),
+    ):
+        named = Counter(block_id for table in tables.values() for block_id in table)
+        free = set(pool.free_block_ids)
+        assert len(free) == pool.num_free_blocks == pool.num_blocks - pool.num_used_blocks
+        assert not free & named.keys(), "a free block is in a table"
+        assert len(free) + len(named) == pool.num_blocks
+        assert all(pool.ref_counts[block_id] == count for block_id, count in named.items())
+        assert all(pool.ref_counts[block_id] == 0 for block_id in free)
+    assert manager.block_tables.keys() == {r.request_id for r in scheduler.running}
+    assert manager.swapped_block_tables.keys() == {r.request_id for r in scheduler.swapped}
+    for queue, tables in (
+        (scheduler.running, manager.block_tables),
+        (scheduler.swapped, manager.swapped_block_tables),
+    ):
+        for request in queue:
+            table = tables[request.request_id]
+            assert len(table) == -(-request.num_computed_tokens // manager.block_size)
+            assert len(set(table)) == len(table)
+    assert manager.num_live_tokens(scheduler.running) == count_live_tokens(scheduler)
+
+
+def count_live_tokens(scheduler: Any) -> int:
+    """Tokens in the cache, counted block by block: the long way round."""
+    manager = scheduler.kv_cache_manager
+    filled: dict[int, int] = {}
+    for request in scheduler.running:
+        for index, block_id in enumerate(manager.block_tables[request.request_id]):
+            num_tokens = request.num_computed_tokens - index * manager.block_size
+            filled[block_id] = max(filled.get(block_id, 0), min(num_tokens, manager.block_size))
+    return sum(filled.values())
