@@ -117,6 +117,6 @@ def test_cache_memory_follows_from_kv_cache_bytes(toy_model) -> None:
 
 def test_without_kv_cache_bytes_free_memory_decides(toy_model, monkeypatch) -> None:
     per_slot = SLOT_LEN * 2 * 2 * 2 * 24 * 4
-    monkeypatch.setattr("folovllm.memory._free_host_bytes", lambda: 40 * per_slot)
+    monkeypatch.setattr("folovllm.memory.available_host_bytes", lambda: 40 * per_slot)
     config = EngineConfig(max_model_len=SLOT_LEN)
     assert ModelRunner(config, toy_model).kv_cache.num_tokens == 5 * SLOT_LEN

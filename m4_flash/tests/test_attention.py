@@ -123,7 +123,7 @@ def perform_singly(cache: KVCache, copies: list[BlockCopy]) -> tuple[torch.Tenso
 
 
 def test_without_kv_cache_bytes_free_memory_decides(toy_model, monkeypatch) -> None:
-    monkeypatch.setattr("folovllm.memory._free_host_bytes", lambda: 8 * 80 * BYTES_PER_TOKEN)
+    monkeypatch.setattr("folovllm.memory.available_host_bytes", lambda: 8 * 80 * BYTES_PER_TOKEN)
     config = EngineConfig(max_model_len=40, block_size=4)
     assert ModelRunner(config, toy_model).kv_cache.num_tokens == 80
 
