@@ -1,6 +1,7 @@
 """Checks prompts and sampling settings, and makes the requests of a call out of them."""
 
 import hashlib
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,6 +38,8 @@ class RequestBuilder:
         self._seed = seed
         self._scheduling_policy = scheduling_policy
         self._num_prompts = 0
+        self._numbering = threading.Lock()
+        """Calls in several threads get numbers, and so request ids and seeds, of their own."""
 
     def build(
         self,
@@ -52,10 +55,13 @@ class RequestBuilder:
             for index, (params, prompt) in enumerate(zip(all_params, prompts, strict=True))
         ]
         arrival_time = time.perf_counter()
-        return [
-            self._build_one(prompt, params, prompt_priority, arrival_time)
-            for prompt, params, prompt_priority in zip(prompts, resolved, priorities, strict=True)
-        ]
+        with self._numbering:
+            return [
+                self._build_one(prompt, params, prompt_priority, arrival_time)
+                for prompt, params, prompt_priority in zip(
+                    prompts, resolved, priorities, strict=True
+                )
+            ]
 
     def _build_one(
         self, prompt: Prompt, params: SamplingParams, priority: int, arrival_time: float
