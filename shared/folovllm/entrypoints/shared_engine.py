@@ -86,13 +86,16 @@ class SharedEngine:
         """
         call = _Call(prompts)
         try:
-            with self.turn():
-                self._enqueue(prompts, call)
-            while not call.is_over():
-                with self.turn(call.is_over) as has_turn:
-                    if has_turn and not call.is_over():
-                        self._step_for(len(call.unfinished))
-                on_finished(call.take_finished())
+            # Once per call and not per step: to change a signal's handler takes its time.
+            with interrupt_held_back() as interrupt:
+                with self.turn():
+                    self._enqueue(prompts, call)
+                while not call.is_over():
+                    with self.turn(call.is_over) as has_turn:
+                        if has_turn and not call.is_over():
+                            self._step_for(len(call.unfinished))
+                    interrupt.let_through()
+                    on_finished(call.take_finished())
         except BaseException:
             self.abort(prompts)
             raise
@@ -100,7 +103,7 @@ class SharedEngine:
     def start(self, prompt: PromptState) -> None:
         """Queue a prompt whose output is then asked for with `next_output`."""
         try:
-            with self.turn():
+            with interrupt_held_back(), self.turn():
                 self._enqueue([prompt], None)
         except BaseException:
             self.abort([prompt])
@@ -108,16 +111,18 @@ class SharedEngine:
 
     def next_output(self, prompt: PromptState, num_seen: int) -> RequestOutput:
         """The output as soon as it has more than `num_seen` tokens, or is finished."""
-        while True:
-            with self.turn():
-                if not prompt.finished and prompt.num_output_tokens <= num_seen:
-                    self._step_for(1)
-                if prompt.finished or prompt.num_output_tokens > num_seen:
-                    return prompt.output()
+        with interrupt_held_back() as interrupt:
+            while True:
+                with self.turn():
+                    if not prompt.finished and prompt.num_output_tokens <= num_seen:
+                        self._step_for(1)
+                    if prompt.finished or prompt.num_output_tokens > num_seen:
+                        return prompt.output()
+                interrupt.let_through()
 
     def abort(self, prompts: Sequence[PromptState]) -> None:
         """Take these prompts back, as far as they are unfinished."""
-        with self.turn():
+        with interrupt_held_back(), self.turn():
             self._abort(prompts)
 
     def drop(self, prompt: PromptState) -> None:
@@ -128,12 +133,15 @@ class SharedEngine:
     def step(self) -> StepOutput:
         """One step of the engine, in a turn of the caller's; everybody's tokens are recorded."""
         with interrupt_held_back():
-            if self._is_behind:
-                self._catch_up()
-            self._is_behind = True
-            output = self._engine.step()
-            self._finish(self._outputs.process(output, time.perf_counter()))
-            self._is_behind = False
+            return self._step()
+
+    def _step(self) -> StepOutput:
+        if self._is_behind:
+            self._catch_up()
+        self._is_behind = True
+        output = self._engine.step()
+        self._finish(self._outputs.process(output, time.perf_counter()))
+        self._is_behind = False
         return output
 
     def _catch_up(self) -> None:
@@ -146,7 +154,7 @@ class SharedEngine:
     def _step_for(self, num_waited_for: int) -> None:
         """A step that must bring something; RuntimeError if it cannot."""
         if self._engine.has_unfinished_requests() or self._is_behind:
-            self.step()
+            self._step()
             return
         raise RuntimeError(
             f"{type(self._engine).__name__} has nothing left to run, but {num_waited_for} prompts "
@@ -154,13 +162,12 @@ class SharedEngine:
         )
 
     def _enqueue(self, prompts: Iterable[PromptState], call: _Call | None) -> None:
-        with interrupt_held_back():
-            for prompt in prompts:
-                if call is not None:
-                    self._call_of[prompt] = call
-                for completion in prompt.completions:
-                    self._engine.add_request(completion.request)
-                    self._outputs.add(prompt, completion)
+        for prompt in prompts:
+            if call is not None:
+                self._call_of[prompt] = call
+            for completion in prompt.completions:
+                self._engine.add_request(completion.request)
+                self._outputs.add(prompt, completion)
 
     def _finish(self, processed: ProcessedStep) -> None:
         for request_id in processed.stopped_request_ids:
@@ -175,11 +182,10 @@ class SharedEngine:
         del self._call_of[prompt]
 
     def _abort(self, prompts: Sequence[PromptState]) -> None:
-        with interrupt_held_back():
-            for prompt in prompts:
-                self._call_of.pop(prompt, None)
-            for request_id in self._outputs.remove(prompts):
-                self._engine.abort_request(request_id)
+        for prompt in prompts:
+            self._call_of.pop(prompt, None)
+        for request_id in self._outputs.remove(prompts):
+            self._engine.abort_request(request_id)
 
     def _abort_dropped(self) -> None:
         while self._dropped:
