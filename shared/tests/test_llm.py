@@ -1,5 +1,6 @@
 """LLM over a scripted engine: prompts, settings, outputs, stops, aborts, refusals."""
 
+import json
 import signal
 import threading
 import time
@@ -409,6 +410,47 @@ def test_stream_ends_at_a_stop_string(make_llm):
     outputs = list(make_llm().stream("Hello", SamplingParams(max_tokens=None, stop="naps")))
     assert outputs[-1].outputs[0].text == "The dog "
     assert not any("na" in output.outputs[0].text for output in outputs)
+
+
+# Defaults of the model ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llm_with_defaults(make_llm, tmp_path):
+    """Makes an LLM over a model whose generation_config.json has these settings."""
+
+    def make(**settings):
+        make_llm()  # replaces load_model
+        (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+        return ScriptedLLM(tmp_path)
+
+    return make
+
+
+def test_call_without_params_follows_the_generation_config(llm_with_defaults):
+    settings = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1}
+    llm = llm_with_defaults(**settings, max_new_tokens=3, do_sample=True, eos_token_id=[1])
+    expected = SamplingParams(**settings, max_tokens=3)
+    assert llm.get_default_sampling_params() == expected
+    generate(llm, [[70], [71]])
+    list(llm.stream([72]))
+    assert [request.sampling_params for request in llm.engine.added] == [expected] * 3
+    generate(llm, [70], SamplingParams())
+    assert llm.engine.added[-1].sampling_params == SamplingParams()
+
+
+def test_generation_config_without_sampling_is_greedy(llm_with_defaults):
+    params = llm_with_defaults(do_sample=False, temperature=0.6).get_default_sampling_params()
+    assert params.is_greedy
+
+
+def test_setting_of_the_generation_config_that_we_do_not_have_is_named(llm_with_defaults):
+    llm = llm_with_defaults(no_repeat_ngram_size=3, num_beams=1)
+    with pytest.raises(ValueError, match="generation_config.json sets no_repeat_ngram_size=3"):
+        generate(llm, [70])
+    assert generate(llm, [70], SamplingParams())[0].finished
+    with pytest.raises(ValueError, match="generation_config.json cannot be followed: top_p must"):
+        generate(llm_with_defaults(top_p=7), [70])
 
 
 # Threads ------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from .beam_search import (
     FinishedBeam,
     search_beams,
 )
+from .default_sampling import default_sampling_params
 from .engine_options import build_config
 from .output_processor import PromptState
 from .output_stream import OutputStream
@@ -80,6 +81,7 @@ class LLM:
         model = _default_model() if model is None else model
         if load_format != "dummy":
             model = resolve_model_directory(model)
+        self._model_path = model
         _check_config(model)  # first: a tokenizer's reader would blame the tokenizer for it
         self.tokenizer = _load_tokenizer(model, tokenizer)
         self.model = load_model(
@@ -109,7 +111,11 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete one prompt or several; outputs are in the order of the prompts.
 
-        sampling_params: one for all, or one per prompt; None is `SamplingParams()`.
+        sampling_params: one for all, or one per prompt; they replace all that the model's
+            generation_config.json suggests. None is `get_default_sampling_params()`.
+        A text gets what the tokenizer puts around every prompt. A text that a chat template made
+        has that already, and a second bos changes the answer: use `chat`, give `render_chat`'s
+        prompt, or the ids of `tokenizer.encode(text, add_special_tokens=False)`.
         priority: one number per prompt, lower first; needs scheduling_policy="priority".
         ValueError if any prompt or setting cannot work; then none of them was run.
         """
@@ -119,7 +125,8 @@ class LLM:
             parse_prompt(item, index, self.tokenizer, vocab_size)
             for index, item in enumerate(items)
         ]
-        return self._run(self._requests.build(parsed, sampling_params, priority), use_tqdm)
+        states = self._requests.build(parsed, self._params_or_default(sampling_params), priority)
+        return self._run(states, use_tqdm)
 
     def chat(
         self,
@@ -135,7 +142,8 @@ class LLM:
         )
         conversations: Any = messages if is_several else [messages]
         prompts = [self.render_chat(messages, add_generation_prompt) for messages in conversations]
-        return self._run(self._requests.build(prompts, sampling_params, None), use_tqdm)
+        states = self._requests.build(prompts, self._params_or_default(sampling_params), None)
+        return self._run(states, use_tqdm)
 
     def stream(
         self, prompt: PromptInput, sampling_params: SamplingParams | None = None
@@ -147,7 +155,8 @@ class LLM:
         calls of `generate`, may be under way at once.
         """
         parsed = parse_prompt(prompt, 0, self.tokenizer, self.model.config.vocab_size)
-        (state,) = self._requests.build([parsed], sampling_params, None)
+        params = self._params_or_default(sampling_params)
+        (state,) = self._requests.build([parsed], params, None)
         self._shared.start(state)
         return OutputStream(self._shared, state)
 
@@ -182,6 +191,18 @@ class LLM:
         if self.tokenizer is not None:
             text = self.tokenizer.decode(beam.token_ids, skip_special_tokens=True)
         return BeamSearchSequence(beam.token_ids, beam.cum_logprob, text)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a call without SamplingParams gets: the suggestions of generation_config.json.
+
+        ValueError if one of them is nothing that this engine can follow.
+        """
+        return default_sampling_params(self._model_path)
+
+    def _params_or_default(
+        self, sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> SamplingParams | Sequence[SamplingParams]:
+        return self.get_default_sampling_params() if sampling_params is None else sampling_params
 
     def render_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True

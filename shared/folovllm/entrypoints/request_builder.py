@@ -44,7 +44,7 @@ class RequestBuilder:
     def build(
         self,
         prompts: Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        sampling_params: SamplingParams | Sequence[SamplingParams],
         priority: Sequence[int] | None,
     ) -> list[PromptState]:
         """The requests of one call, one state per prompt in order; ValueError builds none."""
@@ -116,10 +116,8 @@ class RequestBuilder:
 
     @staticmethod
     def _one_per_prompt(
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+        sampling_params: SamplingParams | Sequence[SamplingParams], num_prompts: int
     ) -> Sequence[SamplingParams]:
-        if sampling_params is None:
-            sampling_params = SamplingParams()
         if isinstance(sampling_params, SamplingParams):
             return [sampling_params] * num_prompts
         if not isinstance(sampling_params, Sequence) or any(
