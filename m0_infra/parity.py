@@ -1,8 +1,8 @@
-"""Compares a stage with Transformers: greedy tokens, and logits along Transformers' own tokens."""
+"""Compares a stage with Transformers: ids of the prompts, greedy tokens, logits along the way."""
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,12 +15,12 @@ from folovllm.model.loader import resolve_model_directory
 from .parity_engine import ForcedSampler, make_requests, run_engine
 from .parity_reference import (
     Reference,
-    encode_prompts,
     greedy_reference,
     load_reference_model,
     read_prompts,
 )
 from .parity_report import ParityReport, PromptParity
+from .parity_tokenizer import compare_encodings, encode_prompts
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class ParityOptions:
 def run_parity(options: ParityOptions) -> ParityReport:
     """Run Transformers, then the stage twice: freely, and along Transformers' tokens.
 
+    Both get the ids that Transformers' tokenizer makes of the prompts; that the stage's own
+    tokenizer makes the same of them is compared as well.
     ParityError or ValueError if the stage, the model or an option cannot be used.
     """
     if options.max_tokens < 1:
@@ -82,6 +84,14 @@ def run_parity(options: ParityOptions) -> ParityReport:
     device, dtype = llm.model.device, llm.model.dtype
     references = compute_references(directory, dtype, device, prompts, options.max_tokens)
     tolerance = TOLERANCES[options.dtype]
+    results = compare_engine(
+        llm.engine,
+        references,
+        max_tokens=options.max_tokens,
+        eos_token_ids=llm.model.config.eos_token_ids,
+        near_tie=tolerance.near_tie,
+    )
+    encodings = compare_encodings(llm.tokenizer, directory, texts)
     return ParityReport(
         stage=options.stage,
         model=options.model,
@@ -90,13 +100,8 @@ def run_parity(options: ParityOptions) -> ParityReport:
         tolerance=tolerance.logit if options.tolerance is None else options.tolerance,
         near_tie=tolerance.near_tie,
         prompts=tuple(
-            compare_engine(
-                llm.engine,
-                references,
-                max_tokens=options.max_tokens,
-                eos_token_ids=llm.model.config.eos_token_ids,
-                near_tie=tolerance.near_tie,
-            )
+            replace(result, mismatch=encoding or result.mismatch)
+            for result, encoding in zip(results, encodings, strict=True)
         ),
     )
 

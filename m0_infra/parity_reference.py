@@ -1,7 +1,6 @@
 """The oracle: what Transformers generates greedily, and the logits that made it do so."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,22 +39,6 @@ def read_prompts(path: Path, num_prompts: int) -> list[str]:
         )
     picked = [lines[i * len(lines) // num_prompts] for i in range(num_prompts)]
     return [json.loads(line)["text"] for line in picked]
-
-
-def encode_prompts(directory: Path, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids by Transformers' tokenizer, as a user's turn where there is a chat template."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    if tokenizer.chat_template is None:
-        return [tokenizer(text)["input_ids"] for text in texts]
-    rendered = (
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
-        for text in texts
-    )
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
 
 
 def load_reference_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -13,7 +13,8 @@ class PromptParity:
     num_compared_tokens: int
     """Less than the reference's where the paths parted at a near tie, which rounding may decide."""
     mismatch: str | None
-    """Where and how the tokens differ although they must not; None if they agree."""
+    """Where and how the tokens, or the ids of the prompt, differ although they must not; None if
+    they agree."""
     max_logit_difference: float
     """Over all steps and the whole vocabulary, along the reference's tokens."""
 

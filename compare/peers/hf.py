@@ -19,6 +19,7 @@ import torch
 from folovllm.interfaces import StepOutput, StepStats, TokenLogprobs, TokenOutput
 from folovllm.model.config import ModelConfig
 from folovllm.model.loader import resolve_device, resolve_dtype
+from folovllm.model.weights import with_published_head
 from folovllm.request import Request
 
 from .checkpoint import checkpoint
@@ -212,7 +213,7 @@ def start(
     with checkpoint(
         model, load_format=load_format, dtype=dtype, device=device, seed=seed
     ) as folder:
-        model_config = ModelConfig.from_directory(folder)
+        model_config = with_published_head(ModelConfig.from_directory(folder), folder)
         torch_dtype = resolve_dtype(dtype, model_config, target)
         hf_model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype, use_safetensors=True, trust_remote_code=False

@@ -15,6 +15,7 @@ from typing import Any
 from folovllm.interfaces import StepOutput, TokenLogprobs
 from folovllm.model.config import ModelConfig
 from folovllm.model.loader import resolve_device, resolve_dtype
+from folovllm.model.weights import with_published_head
 from folovllm.request import Request
 from folovllm.workloads.workload import WorkloadRequest
 
@@ -191,7 +192,7 @@ def start(
     with checkpoint(
         model, load_format=load_format, dtype=dtype, device=device, seed=seed
     ) as folder:
-        model_config = ModelConfig.from_directory(folder)
+        model_config = with_published_head(ModelConfig.from_directory(folder), folder)
         torch_dtype = resolve_dtype(dtype, model_config, target)
         facts = PeerModel(
             config=model_config,

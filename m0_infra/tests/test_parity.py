@@ -7,15 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from folovllm.interfaces import SamplerOutput
 from folovllm.request import Request, SamplingParams
 from folovllm.sampling.sampler import Sampler
 from folovllm.testing.forced_sampler import ForcedSampler as ForcedTokensSampler
+from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer
+from folovllm.text.tokenizer import Tokenizer
 from m0_infra.cli import main
 from m0_infra.parity import compare_engine, compare_tokens, compute_references
 from m0_infra.parity_engine import ForcedSampler, run_engine
-from m0_infra.parity_reference import Reference, encode_prompts, read_prompts
+from m0_infra.parity_reference import Reference, read_prompts
+from m0_infra.parity_tokenizer import compare_encodings, encode_prompts
 from m0_infra.stages import stage_folders
 
 STAGES = stage_folders(Path(__file__).parents[2])
@@ -68,6 +73,39 @@ def test_stage_equals_transformers(stage, model_dir, prompts_file, tmp_path, cap
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_equals_transformers_in_bfloat16(stage, model_dir, prompts_file):
     assert parity(model_dir, prompts_file, "--stage", stage, "--dtype", "bfloat16") == 0
+
+
+def test_ids_of_our_tokenizer_that_differ_fail(model_dir, prompts_file, capsys, monkeypatch):
+    right = Tokenizer.encode
+
+    def truncated(self, text, add_special_tokens=True):
+        return right(self, text, add_special_tokens)[:9]
+
+    monkeypatch.setattr(Tokenizer, "encode", truncated)
+    assert parity(model_dir, prompts_file, "--stage", STAGES[0]) == 1
+    assert (
+        "as text the prompt is 9 ids, not 11, and differs from id 9 on" in capsys.readouterr().out
+    )
+
+
+def test_ids_of_a_text_are_compared_with_what_is_put_around_it(tmp_path):
+    reference = save_byte_level_tokenizer(tmp_path / "reference")
+    ours = Tokenizer(save_byte_level_tokenizer(tmp_path / "ours"))
+    assert compare_encodings(ours, reference, ["the dog", ""]) == [None, None]
+    backend = Backend.from_file(str(reference / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
+    backend.save(str(reference / "tokenizer.json"))
+    (difference,) = compare_encodings(ours, reference, [""])
+    assert difference == "as text the prompt is 0 ids, not 1, and differs from id 0 on"
+
+
+def test_ids_of_a_turn_are_compared_with_those_of_the_template(tmp_path):
+    reference = save_byte_level_tokenizer(tmp_path / "reference", chat_template="{{ 'dog' }}")
+    ours = Tokenizer(save_byte_level_tokenizer(tmp_path / "ours"))
+    (difference,) = compare_encodings(ours, reference, ["the dog"])
+    assert "as user's turn the prompt is" in str(difference)
 
 
 def test_exceeded_tolerance_fails(model_dir, prompts_file, capsys):

@@ -149,7 +149,7 @@ class Request:
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
     eos_token_ids: frozenset[int] = frozenset()
-    """Every end-of-sequence id of the model's generation config."""
+    """Every end-of-sequence id: of the model, and of its tokenizer where it has one."""
     seed: int = 0
     """Key of this request's random numbers; the n-th output token uses counter n."""
     priority: int = 0

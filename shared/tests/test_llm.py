@@ -1,13 +1,20 @@
 """LLM over a scripted engine: prompts, settings, outputs, stops, aborts, refusals."""
 
+import json
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
+from folovllm.entrypoints.beam_search import BeamSearchParams
 from folovllm.entrypoints.llm import LLM
 from folovllm.entrypoints.outputs import CompletionOutput
+from folovllm.entrypoints.turns import Turns
 from folovllm.request import SamplingParams
 from folovllm.testing.scripted_engine import (
     ScriptedLLM,
@@ -50,6 +57,31 @@ def make_llm(monkeypatch, tokenizer, tokenizer_path):
 
 def generate(llm, prompts, params=None, **kwargs):
     return llm.generate(prompts, params, use_tqdm=False, **kwargs)
+
+
+def interrupt_at(number, llm):
+    """For before_step: Ctrl-C in that step."""
+
+    def before_step(num_steps):
+        if num_steps == number:
+            llm.engine.before_step = lambda num_steps: None
+            raise KeyboardInterrupt
+
+    return before_step
+
+
+def break_off_behind_the_engine(llm):
+    """Ctrl-C behind the engine's next step, which nobody has heard of then."""
+    right = llm.engine.step
+
+    def break_off():
+        right()
+        llm.engine.step = right
+        raise KeyboardInterrupt
+
+    llm.engine.step = break_off
+    with pytest.raises(KeyboardInterrupt):
+        generate(llm, "dog", FULL)
 
 
 FULL = SamplingParams(max_tokens=None)
@@ -131,6 +163,17 @@ def test_ignore_eos_goes_on_behind_end_of_sequence(make_llm):
 def test_tokenizers_end_of_sequence_serves_a_model_that_names_none(make_llm):
     (output,) = generate(make_llm(eos=()), "Hello", FULL)
     assert output.outputs[0].finish_reason == "stop"
+
+
+def test_tokenizers_end_of_sequence_ends_an_output_beside_the_models(make_llm, tokenizer):
+    """As in vLLM: a chat model whose files name another id must not go on with invented turns."""
+    (other,) = tokenizer.encode("a")
+    ends = make_llm(eos=(other,))._requests.eos_token_ids
+    assert ends == {other, EOS}
+    (output,) = generate(make_llm(eos=(other,)), "Hello", FULL)
+    assert (output.outputs[0].text, output.outputs[0].finish_reason) == ("The dog n", "stop")
+    (output,) = generate(make_llm(eos=(10**5,)), "Hello", FULL)
+    assert (output.outputs[0].text, output.outputs[0].finish_reason) == (ANSWER, "stop")
 
 
 def test_without_a_tokenizer_token_ids_still_work(make_llm):
@@ -310,12 +353,47 @@ def test_closed_stream_aborts_its_request(make_llm):
     assert not llm.engine.has_unfinished_requests()
 
 
-def test_stream_that_is_never_read_queues_nothing_and_mistakes_show_at_once(make_llm):
-    llm = make_llm()
-    llm.stream("Hello").close()
-    assert llm.engine.added == []
+def test_mistakes_of_a_stream_show_at_the_call(make_llm):
+    llm = make_llm(max_model_len=30)
     with pytest.raises(ValueError, match="prompt 0"):
         llm.stream([10**6])
+    with pytest.raises(ValueError, match="46 tokens exceed"):
+        llm.stream([70] * 30)
+    assert not llm.engine.has_unfinished_requests()
+    assert generate(llm, "Hello")[0].finished
+
+
+def test_stream_that_is_never_read_takes_its_request_back(make_llm):
+    llm = make_llm()
+    stream = llm.stream("Hello")
+    assert [request.request_id for request in llm.engine.added] == ["0"]
+    stream.close()
+    stream.close()
+    assert list(stream) == []
+    assert llm.engine.aborted == ["0"]
+    llm.stream("Hello", SamplingParams(n=2))  # and nobody keeps it
+    assert llm.engine.aborted == ["0", "1-0", "1-1"]
+    assert not llm.engine.has_unfinished_requests()
+
+
+def test_stream_that_is_dropped_within_a_step_is_taken_back_in_the_next(make_llm):
+    """A collector of garbage may run anywhere, also where the engine is in use."""
+    llm = make_llm()
+    dropped = [llm.stream("Hello", FULL)]
+    llm.engine.before_step = lambda num_steps: dropped.clear()
+    assert generate(llm, "dog", FULL)[0].outputs[0].text == ANSWER
+    assert llm.engine.aborted == ["0"]
+
+
+def test_stream_ends_after_an_interrupt(make_llm):
+    llm = make_llm()
+    stream = llm.stream("Hello", FULL)
+    next(stream)
+    llm.engine.before_step = interrupt_at(1, llm)
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert llm.engine.aborted == ["0"]
+    assert list(stream) == []
 
 
 def test_streams_and_generate_may_be_interleaved(make_llm):
@@ -332,6 +410,204 @@ def test_stream_ends_at_a_stop_string(make_llm):
     outputs = list(make_llm().stream("Hello", SamplingParams(max_tokens=None, stop="naps")))
     assert outputs[-1].outputs[0].text == "The dog "
     assert not any("na" in output.outputs[0].text for output in outputs)
+
+
+# Defaults of the model ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llm_with_defaults(make_llm, tmp_path):
+    """Makes an LLM over a model whose generation_config.json has these settings."""
+
+    def make(**settings):
+        make_llm()  # replaces load_model
+        (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+        return ScriptedLLM(tmp_path)
+
+    return make
+
+
+def test_call_without_params_follows_the_generation_config(llm_with_defaults):
+    settings = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1}
+    llm = llm_with_defaults(**settings, max_new_tokens=3, do_sample=True, eos_token_id=[1])
+    expected = SamplingParams(**settings, max_tokens=3)
+    assert llm.get_default_sampling_params() == expected
+    generate(llm, [[70], [71]])
+    list(llm.stream([72]))
+    assert [request.sampling_params for request in llm.engine.added] == [expected] * 3
+    generate(llm, [70], SamplingParams())
+    assert llm.engine.added[-1].sampling_params == SamplingParams()
+
+
+def test_generation_config_without_sampling_is_greedy(llm_with_defaults):
+    params = llm_with_defaults(do_sample=False, temperature=0.6).get_default_sampling_params()
+    assert params.is_greedy
+
+
+def test_setting_of_the_generation_config_that_we_do_not_have_is_named(llm_with_defaults):
+    llm = llm_with_defaults(no_repeat_ngram_size=3, num_beams=1)
+    with pytest.raises(ValueError, match="generation_config.json sets no_repeat_ngram_size=3"):
+        generate(llm, [70])
+    assert generate(llm, [70], SamplingParams())[0].finished
+    with pytest.raises(ValueError, match="generation_config.json cannot be followed: top_p must"):
+        generate(llm_with_defaults(top_p=7), [70])
+
+
+# Threads ------------------------------------------------------------------------------------------
+
+
+def test_calls_of_several_threads_get_their_own_outputs(make_llm):
+    def answer(request):
+        time.sleep(1e-4)  # another thread may run
+        return [request.prompt_token_ids[0]]
+
+    llm = make_llm(answer, eos=(), max_num_seqs=3)
+
+    def call(number):
+        ids, params = [70 + number], SamplingParams(max_tokens=1 + number % 7)
+        if number % 3:
+            outputs = generate(llm, [ids, ids], params)
+        else:
+            *_, last = llm.stream(ids, params)
+            outputs = [last]
+        return [output.outputs[0].token_ids for output in outputs]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(call, range(60)))
+    expected = [[[70 + n] * (1 + n % 7)] * (2 if n % 3 else 1) for n in range(60)]
+    assert found == expected
+    assert len({request.request_id for request in llm.engine.added}) == 100
+    assert llm.engine.aborted == []
+
+
+def test_call_returns_when_others_have_finished_its_prompts(make_llm):
+    """It is not kept waiting by a call that goes on for long."""
+    llm = make_llm([70], eos=(), max_num_seqs=8)
+    long = llm.stream([71], SamplingParams(max_tokens=200))
+    next(long)
+    reached = threading.Event()
+    llm.engine.before_step = lambda num_steps: (reached.set(), time.sleep(1e-3))
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(generate, llm, [72], SamplingParams(max_tokens=250))
+        reached.wait(5)
+        assert len(generate(llm, [73], SamplingParams(max_tokens=2))[0].outputs[0].token_ids) == 2
+        assert not running.done()
+        assert len(next(long).outputs[0].token_ids) < 60
+        assert not running.done()
+        assert len(running.result().pop().outputs[0].token_ids) == 250
+
+
+def test_beam_searches_of_several_threads_do_not_mix(make_llm):
+    llm = make_llm([70], eos=())
+
+    def search(token_id):
+        params = BeamSearchParams(beam_width=1, max_tokens=3)
+        return llm.beam_search([[token_id]], params)[0].sequences[0].tokens
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(search, range(70, 90))) == [[i, 0, 0, 0] for i in range(70, 90)]
+    assert not llm.engine.has_unfinished_requests()
+
+
+def test_every_thread_takes_its_steps_on_the_models_device(make_llm, monkeypatch):
+    llm = make_llm()
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    generate(llm, "Hello")
+    assert chosen == []
+    object.__setattr__(llm.model, "device", torch.device("cuda:1"))
+    generate(llm, "Hello")
+    assert set(chosen) == {torch.device("cuda:1")}
+
+
+def test_turns_are_given_in_the_order_in_which_they_were_asked_for():
+    turns, order, threads = Turns(), [], []
+
+    def take(number):
+        for _ in range(3):
+            with turns.turn():
+                order.append(number)
+
+    with turns.turn():
+        for number in range(4):
+            threads.append(threading.Thread(target=take, args=(number,)))
+            threads[-1].start()
+            while len(turns._queue) < number + 2:
+                time.sleep(1e-4)
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2, 3] * 3
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def test_turn_that_is_interrupted_while_it_is_waited_for_is_given_up():
+    turns, has_turn, stop = Turns(), threading.Event(), threading.Event()
+
+    def keep():
+        with turns.turn():
+            has_turn.set()
+            stop.wait(5)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(keep)
+        has_turn.wait(5)
+        with pytest.raises(KeyboardInterrupt), turns.turn(interrupted):
+            pass
+        assert turns.try_turn(interrupted) is False
+        stop.set()
+    with turns.turn() as has_turn:
+        assert has_turn
+    assert turns.try_turn(lambda: None) is True
+
+
+def test_place_that_an_interrupt_left_behind_goes_when_its_thread_asks_again(monkeypatch):
+    turns = Turns()
+    with monkeypatch.context() as patch:
+        patch.setattr(turns, "_leave", lambda ticket: interrupted())
+        with pytest.raises(KeyboardInterrupt), turns.turn():
+            pass
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: turns.turn().__enter__())
+        with turns.turn():
+            pass
+        assert other.result(5) is True
+
+
+def test_interrupt_within_a_step_takes_effect_behind_it(make_llm):
+    """A real Ctrl-C, where the engine's books are half written."""
+    llm = make_llm([70], eos=(), max_num_seqs=8)
+    stream = llm.stream("Hello", SamplingParams(max_tokens=9))
+    right = llm.engine.step
+
+    def step():
+        signal.raise_signal(signal.SIGINT)
+        return right()
+
+    llm.engine.step = step
+    with pytest.raises(KeyboardInterrupt):
+        generate(llm, "dog")
+    llm.engine.step = right
+    assert [len(output.outputs[0].token_ids) for output in stream] == list(range(1, 10))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_second_interrupt_within_a_step_takes_effect_at_once(make_llm):
+    llm = make_llm()
+    steps = []
+
+    def step():
+        signal.raise_signal(signal.SIGINT)
+        steps.append("after the first")
+        signal.raise_signal(signal.SIGINT)
+        steps.append("after the second")
+
+    llm.engine.step = step
+    with pytest.raises(KeyboardInterrupt):
+        generate(llm, "dog")
+    assert steps == ["after the first"]
 
 
 # Failures leave a usable LLM ----------------------------------------------------------------------
@@ -375,6 +651,38 @@ def test_interrupted_call_leaves_other_streams_alone(make_llm):
     with pytest.raises(ValueError):
         generate(llm, [[70], [71] * 290])
     assert [*stream][-1].outputs[0].text == ANSWER
+
+
+@pytest.mark.parametrize("params", [FULL, SamplingParams(n=2, max_tokens=None, stop="STOP")])
+def test_tokens_of_a_step_that_was_broken_off_behind_the_engine_are_not_lost(make_llm, params):
+    llm = make_llm(max_num_seqs=8)
+    stream = llm.stream("Hello", params)
+    next(stream)
+    break_off_behind_the_engine(llm)
+    *_, last = stream
+    text = ANSWER.partition("STOP")[0] if params.stop else ANSWER
+    assert {completion.text for completion in last.outputs} == {text}
+    assert not llm.engine.has_unfinished_requests()
+
+
+def test_last_token_in_a_step_that_was_broken_off_ends_its_request(make_llm):
+    llm = make_llm([70], eos=(), max_num_seqs=8)
+    stream = llm.stream("Hello", SamplingParams(max_tokens=2))
+    next(stream)
+    break_off_behind_the_engine(llm)
+    (last,) = stream
+    assert (last.outputs[0].token_ids, last.outputs[0].finish_reason) == ([70, 70], "length")
+
+
+def test_request_whose_logprobs_were_lost_ends_as_aborted(make_llm):
+    llm = make_llm([70], eos=(), max_num_seqs=8)
+    stream = llm.stream("Hello", SamplingParams(max_tokens=9, logprobs=1))
+    next(stream)
+    break_off_behind_the_engine(llm)
+    assert generate(llm, "dog")[0].finished
+    (last,) = stream
+    assert (last.outputs[0].token_ids, last.outputs[0].finish_reason) == ([70], "abort")
+    assert not llm.engine.has_unfinished_requests()
 
 
 def test_request_id_in_use_by_someone_else_is_not_aborted(make_llm):
@@ -526,12 +834,38 @@ def test_tokenizer_is_read_from_the_models_directory_if_it_is_there(
     assert ScriptedLLM("qwen3-0.6b", load_format="dummy").tokenizer is None
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "config.json is not valid JSON"),
+        ('{"model_type": "llama"}', "config.json has no 'num_attention_heads'"),
+        ('{"model_type": "gpt2"}', "model_type 'gpt2' is not supported"),
+    ],
+)
+def test_broken_config_is_blamed_and_not_the_tokenizer(tmp_path, content, message):
+    save_byte_level_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        ScriptedLLM(tmp_path)
+
+
 def test_progress_bar_reports_prompts_and_tokens_per_second(make_llm, capsys):
     make_llm().generate(["Hello", "dog"], FULL, use_tqdm=True)
     shown = capsys.readouterr().err
     assert "2/2" in shown and "output" in shown and "tok/s" in shown
     make_llm().generate(["Hello", "dog"], FULL, use_tqdm=False)
     assert capsys.readouterr().err == ""
+
+
+def test_progress_bar_counts_the_prompts_of_its_own_call(make_llm, capsys):
+    llm = make_llm(max_num_seqs=8)
+    streams = [llm.stream("Hello", SamplingParams(max_tokens=n)) for n in (5, 6, 7)]
+    for stream in streams:
+        next(stream)
+    llm.generate(["Hello", "dog"], FULL, use_tqdm=True)
+    shown = capsys.readouterr().err
+    assert "2/2" in shown and "3/2" not in shown and "5/2" not in shown
+    assert [len([*stream][-1].outputs[0].token_ids) for stream in streams] == [5, 6, 7]
 
 
 def test_results_cannot_be_changed(make_llm):

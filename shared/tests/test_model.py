@@ -109,12 +109,84 @@ def test_pickled_weights_are_refused(qwen_directory: Path) -> None:
         load_model(qwen_directory)
 
 
+def test_shards_without_their_index_are_named(qwen_directory: Path) -> None:
+    whole = qwen_directory / "model.safetensors"
+    whole.rename(qwen_directory / "model-00001-of-00002.safetensors")
+    message = r"has model-00001-of-00002.safetensors, but neither .* model.safetensors.index.json"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_model(qwen_directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("toy.gguf", "is a GGUF file.*config.json"), ("model.safetensors", "is a file.*give ")],
+)
+def test_single_file_as_a_model_is_refused(qwen_directory: Path, name: str, message: str) -> None:
+    path = qwen_directory / name
+    path.touch()
+    with pytest.raises(FileNotFoundError, match=message):
+        load_model(path)
+
+
+def test_directory_with_another_format_says_what_is_there(qwen_directory: Path) -> None:
+    (qwen_directory / "model.safetensors").rename(qwen_directory / "model-q4.gguf")
+    with pytest.raises(FileNotFoundError, match=r"found: model-q4.gguf"):
+        load_model(qwen_directory)
+
+
 def test_redundant_tied_head_is_accepted(qwen_directory: Path) -> None:
     path = qwen_directory / "model.safetensors"
     tensors = load_file(path)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, path)
     assert load_model(qwen_directory).lm_head is not None
+
+
+def write_separate_head(directory: Path) -> None:
+    """A checkpoint whose config.json ties a head that its weights hold apart."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(7)
+    tensors["lm_head.weight"] = torch.randn(199, 64, generator=generator)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_head_that_differs_from_the_embedding_is_used(qwen_directory: Path) -> None:
+    write_separate_head(qwen_directory)
+    token_ids = [(7 * i) % 199 for i in range(50)]
+    (expected,) = reference_logits(qwen_directory, [token_ids[:1]], [token_ids[1:]])
+    model = load_model(qwen_directory)
+    torch.testing.assert_close(logits_of(model, token_ids)[:-1], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_model_with_a_head_of_its_own_counts_it(qwen_directory: Path) -> None:
+    tied = load_model(qwen_directory)
+    write_separate_head(qwen_directory)
+    separate = load_model(qwen_directory)
+    assert (tied.config.tie_word_embeddings, separate.config.tie_word_embeddings) == (True, False)
+    assert separate.num_parameters - tied.num_parameters == 199 * 64
+
+
+def test_tied_table_may_stand_under_the_name_of_the_head(qwen_directory: Path) -> None:
+    path = qwen_directory / "model.safetensors"
+    expected = load_model(qwen_directory).embed_tokens
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, path)
+    model = load_model(qwen_directory)
+    assert model.lm_head is model.embed_tokens
+    assert torch.equal(model.embed_tokens, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_tensor_is_refused_by_name(qwen_directory: Path, dtype: torch.dtype) -> None:
+    path = qwen_directory / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=f"quantised.*{name} is {str(dtype)[6:]}"):
+        load_model(qwen_directory)
 
 
 def test_dummy_weights_come_from_the_seed(qwen_directory: Path) -> None:
@@ -188,8 +260,69 @@ def test_context_is_limited_by_positions_and_by_the_window() -> None:
 
 
 @pytest.mark.parametrize(
+    ("layers", "window"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, 32),
+        ({"layer_types": ["full_attention"] * 2}, None),
+        ({"max_window_layers": 1}, 32),
+        ({"max_window_layers": 2}, None),
+    ],
+)
+def test_window_of_qwen_counts_where_a_layer_has_it(
+    layers: dict[str, Any], window: int | None
+) -> None:
+    qwen = minimal_config(model_type="qwen2", use_sliding_window=True, sliding_window=32)
+    config = ModelConfig.from_hf({**qwen, "num_hidden_layers": 2, **layers})
+    assert config.sliding_window == window
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_a_config_leaves_out_is_what_it_means_to_transformers(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    config = {**minimal_config(model_type=model_type), "num_attention_heads": 64}
+    config |= {"hidden_size": 1024}
+    del config["num_key_value_heads"]
+    hf_config = AutoConfig.for_model(**config)
+    ours = ModelConfig.from_hf(config)
+    assert ours.num_kv_heads == hf_config.num_key_value_heads
+    assert ours.head_dim == (getattr(hf_config, "head_dim", None) or 16)
+    assert ours.rms_norm_eps == hf_config.rms_norm_eps
+    assert ours.rope.theta == hf_config.rope_parameters["rope_theta"]
+    assert ours.tie_word_embeddings == hf_config.tie_word_embeddings
+    eos = hf_config.eos_token_id
+    assert ours.eos_token_ids == (frozenset() if eos is None else {eos})
+
+
+def test_yarn_reaches_to_factor_times_the_original_context(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+    yarn["original_max_position_embeddings"] = 512
+    family = ToyFamily("yarn", "qwen2", {"rope_parameters": yarn})
+    directory = write_toy_model(family, tmp_path)
+    token_ids = [(7 * i * i) % 199 for i in range(2048)]
+    (expected,) = reference_logits(directory, [token_ids[:1]], [token_ids[1:]])
+    model = load_model(directory)
+    assert model.config.max_context_len == 2048
+    actual = logits_of(model, token_ids)[:-1]
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ({"eos_token_id": "</s>"}, "list of them or null as eos_token_id, got '</s>'"),
+        ({"eos_token_id": [2, "</s>"]}, r"as eos_token_id, got \[2, '</s>'\]"),
+        ({"eos_token_id": True}, "as eos_token_id, got True"),
+        ({"tie_word_embeddings": "false"}, "true or false as tie_word_embeddings, got 'false'"),
+        ({"hidden_size": "8"}, "at least 1 as hidden_size, got '8'"),
+        ({"num_hidden_layers": 0}, "at least 1 as num_hidden_layers, got 0"),
+        ({"hidden_size": 9}, "hidden_size 9 is no multiple of num_attention_heads 4"),
+        ({"quantization_config": "awq"}, r"quantised \(awq\)"),
+        ({"per_layer_config": {"0": {}}}, "per_layer_config"),
+        (
+            {"model_type": "qwen2", "layer_types": ["linear_attention"]},
+            "'linear_attention' among its layer_types",
+        ),
         ({"model_type": "gpt2"}, "'gpt2' is not supported; this engine runs llama, mistral"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, r"quantised \(awq\)"),
@@ -255,6 +388,16 @@ def test_incomplete_config_is_named(
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         load_model(qwen_directory)
+
+
+def test_setting_of_the_generation_config_is_blamed_on_it(qwen_directory: Path) -> None:
+    (qwen_directory / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ValueError, match=r"generation_config.json must have a token id.*'</s>'"):
+        load_model(qwen_directory)
+
+
+def test_end_that_no_logit_stands_for_is_none() -> None:
+    assert ModelConfig.from_hf(minimal_config(eos_token_id=[2, 10])).eos_token_ids == {2}
 
 
 def test_config_that_is_no_object_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""Inverse frequencies against Transformers', for every scaling the families use."""
+"""Rotary settings and frequencies against Transformers', for every scaling the families use."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -63,6 +64,120 @@ def test_old_and_new_spelling_of_the_config_agree() -> None:
 def test_dynamic_scaling_is_default_within_the_trained_context() -> None:
     config = {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
     assert RopeConfig.from_hf(config, 64) == RopeConfig(theta=1e4)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+UNSCALED = {"rope_theta": 10000.0, "rope_type": "default"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_parameters": UNSCALED, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_parameters": UNSCALED, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 5e5},
+        {"rope_scaling": LLAMA3, "original_max_position_embeddings": 64},
+        {"rope_parameters": LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 64},
+        {
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "finetuned": True},
+            "original_max_position_embeddings": 128,
+        },
+        {
+            "rope_scaling": {"rope_type": "yarn", "factor": None, "beta_fast": 0},
+            "original_max_position_embeddings": 128,
+        },
+        {"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 3}},
+        {"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 2}},
+        {"rope_theta": 5e5, "original_max_position_embeddings": 512},
+    ],
+    ids=str,
+)
+def test_settings_in_either_place_read_as_in_transformers(settings: dict[str, Any]) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    shape = {"hidden_size": 256, "num_attention_heads": 2, "max_position_embeddings": 512}
+    config = {"model_type": "llama", **shape, **settings}
+    embedding = LlamaRotaryEmbedding(LlamaConfig.from_dict(deepcopy(config)))
+    ours = RopeConfig.from_hf(config, head_dim=128)
+    torch.testing.assert_close(ours.inverse_frequencies(128), embedding.inv_freq)
+    assert ours.attention_factor == pytest.approx(embedding.attention_scaling)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions"),
+    [
+        ({}, 512),
+        ({"rope_type": "dynamic", "factor": 4.0}, 512),
+        ({"rope_type": "linear", "factor": 4.0}, 2048),
+        ({**LLAMA3, "original_max_position_embeddings": 64}, 512),
+        ({"rope_type": "yarn", "factor": 4.0}, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 513}, 1282),
+    ],
+    ids=str,
+)
+def test_context_is_as_long_as_vllm_derives_it(scaling: dict[str, Any], positions: int) -> None:
+    config = {"rope_scaling": scaling, "max_position_embeddings": 512}
+    assert RopeConfig.from_hf(config, 64).context_len(512) == positions
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rope_scaling": {"type": "linear"}}, "no 'factor' in its rope_scaling, which rope_type"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "no 'factor' in its rope_parameters"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "no 'low_freq_factor'"),
+        (
+            {"rope_scaling": {"factor": 4.0}},
+            "factor=4.0 in rope_scaling, which rope_type 'default'",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4.0, "beta_fast": 32}},
+            "beta_fast=32 in rope_scaling, which rope_type 'linear' does not have",
+        ),
+        ({"original_max_position_embeddings": 64}, "original_max_position_embeddings=64"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 4.0}},
+            "rope_type twice",
+        ),
+        ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4}, "rope_theta twice"),
+        (
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 4,
+                    "original_max_position_embeddings": 64,
+                },
+                "original_max_position_embeddings": 128,
+            },
+            "original_max_position_embeddings twice: 64 in rope_scaling and 128 beside it",
+        ),
+        (
+            {
+                "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            },
+            "both rope_scaling and rope_parameters, and they differ in rope_theta",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "above 0 as factor, got '4'"),
+        ({"rope_scaling": {"type": "linear", "factor": -1}}, "above 0 as factor, got -1"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "must be below high_freq_factor"),
+        ({"rope_scaling": "yarn"}, "an object or null as rope_scaling, got 'yarn'"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "full_attention=.* in rope_parameters",
+        ),
+    ],
+)
+def test_no_rotary_setting_is_ignored(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RopeConfig.from_hf({"max_position_embeddings": 512, **settings}, head_dim=64)
 
 
 @pytest.mark.parametrize(

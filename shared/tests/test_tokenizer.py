@@ -133,6 +133,119 @@ def test_refusal_of_the_template_itself_is_a_value_error(tmp_path):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
 
 
+def test_failure_of_the_template_names_it(tmp_path):
+    template = "{{ messages[0]['content'] + 1 }}"
+    tokenizer = Tokenizer(save_byte_level_tokenizer(tmp_path, chat_template=template))
+    with pytest.raises(ValueError, match=r"chat template of .* fails on .* \(TypeError: "):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+
+
+def test_template_that_makes_nothing_of_a_conversation_is_named(tmp_path):
+    tokenizer = Tokenizer(save_byte_level_tokenizer(tmp_path, chat_template="{# nothing #}"))
+    with pytest.raises(ValueError, match=r"chat template of .* makes '' of this conversation"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+
+
+# Settings of the files ----------------------------------------------------------------------------
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def template_with_bos_and_eos(path):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import processors
+
+    backend = Backend.from_file(str(path / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)]
+    )
+    backend.save(str(path / "tokenizer.json"))
+
+
+def saved_after_a_batch(path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(["Hello"], truncation=True, max_length=8, padding="max_length")
+    tokenizer.save_pretrained(path)
+    assert json.loads((path / "tokenizer.json").read_text())["truncation"]["max_length"] == 8
+
+
+def set_in_config(**values):
+    return lambda path: change_json(path / "tokenizer_config.json", **values)
+
+
+def with_normalizer(path):
+    change_json(path / "tokenizer.json", normalizer={"type": "Lowercase"})
+
+
+def with_added_token(path):
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(path / "tokenizer.json"))
+    backend.add_tokens([AddedToken("lazy", lstrip=True, rstrip=True)])
+    backend.save(str(path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        saved_after_a_batch,
+        template_with_bos_and_eos,
+        with_normalizer,
+        with_added_token,
+        set_in_config(add_bos_token=True),
+        set_in_config(add_eos_token=True),
+        set_in_config(add_bos_token=True, add_eos_token=True),
+        set_in_config(add_prefix_space=True),
+        set_in_config(split_special_tokens=True),
+        set_in_config(model_max_length=4),
+        set_in_config(truncation_side="left", padding_side="left", pad_token="<eos>"),
+        set_in_config(legacy=True),
+        set_in_config(clean_up_tokenization_spaces=True),
+        set_in_config(extra_special_tokens=["dog"]),
+    ],
+)
+@pytest.mark.parametrize("save", [save_byte_level_tokenizer, save_metaspace_tokenizer])
+def test_every_setting_that_changes_ids_reads_as_in_transformers(tmp_path, save, change):
+    from transformers import AutoTokenizer
+
+    change(save(tmp_path))
+    ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Hi", TEXT, "the quick <eos> brown fox, the lazy dog " * 4, ""):
+        for special in (True, False):
+            expected = theirs(text, add_special_tokens=special)["input_ids"]
+            assert ours.encode(text, add_special_tokens=special) == expected
+        ids = ours.encode(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    messages = [{"role": "user", "content": "the lazy dog"}]
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert ours.apply_chat_template(messages) == expected
+
+
+def test_truncation_and_padding_of_a_saved_batch_do_not_change_a_prompt(tmp_path):
+    before = Tokenizer(save_byte_level_tokenizer(tmp_path)).encode("the lazy dog sleeps")
+    saved_after_a_batch(tmp_path)
+    after = Tokenizer(tmp_path)
+    assert len(before) > 8
+    assert after.encode("the lazy dog sleeps") == before
+    assert len(after.encode("e")) == 1
+    from_file = Tokenizer(tmp_path / "tokenizer.json")
+    assert from_file.encode("the lazy dog sleeps") == before
+
+
+def test_dropout_of_merges_is_refused_by_name(tmp_path):
+    path = save_byte_level_tokenizer(tmp_path) / "tokenizer.json"
+    model = json.loads(path.read_text())["model"]
+    change_json(path, model={**model, "dropout": 0.5})
+    with pytest.raises(ValueError, match=r"has a dropout of 0\.5"):
+        Tokenizer(tmp_path)
+
+
 def test_missing_or_broken_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no such directory"):
         Tokenizer(tmp_path / "nowhere")

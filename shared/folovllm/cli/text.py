@@ -1,14 +1,15 @@
 """What the command line prints for people: streamed text, tables of tokens, statistics."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from statistics import median
 from typing import TextIO
 
+from ..entrypoints.output_stream import OutputStream
 from ..entrypoints.outputs import CompletionOutput, RequestOutput
 
 
-def print_stream(stream: Generator[RequestOutput, None, None], out: TextIO) -> RequestOutput | None:
+def print_stream(stream: OutputStream, out: TextIO) -> RequestOutput | None:
     """Print the first completion's text as it grows; returns the last output.
 
     An interrupt closes the stream, which aborts the request, and ends the output early.

@@ -1,14 +1,16 @@
 """The offline interface over any stage's engine: `generate`, `chat`, `stream`, `beam_search`."""
 
-import time
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..interfaces import Engine, StepOutput
+import torch
+
+from ..interfaces import Engine
 from ..memory import kv_cache_allocation
+from ..model.config import ModelConfig
 from ..model.loader import load_model, resolve_model_directory
 from ..request import SamplingParams
 from ..text.tokenizer import Message, Tokenizer
@@ -19,12 +21,15 @@ from .beam_search import (
     FinishedBeam,
     search_beams,
 )
+from .default_sampling import default_sampling_params
 from .engine_options import build_config
-from .output_processor import OutputProcessor, PromptState
+from .output_processor import PromptState
+from .output_stream import OutputStream
 from .outputs import RequestOutput
 from .progress import ThroughputBar
 from .prompts import Prompt, PromptInput, check_token_ids, parse_prompt, split_prompts
 from .request_builder import RequestBuilder
+from .shared_engine import SharedEngine
 
 DEFAULT_MODEL = Path("models/SmolLM2-135M-Instruct")
 """Where `python -m m0_infra fetch` puts the embedded model, under the current directory."""
@@ -40,7 +45,12 @@ class LLM:
         print(outputs[0].outputs[0].text)
 
     Call signatures and results are vLLM's. Every call aborts its own requests when it fails or
-    is interrupted, so that the next call finds an engine that is free.
+    is interrupted, so that the next call finds an engine that is free. Calls may come from
+    several threads: they share steps, and each gets the tokens that it would have got alone
+    (without a seed of its own, those of the number that its prompts happen to get).
+
+    An output ends at every end-of-sequence id that generation_config.json names (config.json, if
+    it names none) and at the tokenizer's own. The latter as in vLLM; Transformers goes on there.
     """
 
     config_class: ClassVar[type[Any]]
@@ -71,6 +81,8 @@ class LLM:
         model = _default_model() if model is None else model
         if load_format != "dummy":
             model = resolve_model_directory(model)
+        self._model_path = model
+        _check_config(model)  # first: a tokenizer's reader would blame the tokenizer for it
         self.tokenizer = _load_tokenizer(model, tokenizer)
         self.model = load_model(
             model, load_format=load_format, dtype=dtype, device=device, seed=seed
@@ -79,18 +91,15 @@ class LLM:
         with kv_cache_allocation():
             self.engine = self.engine_class(config, self.model)
         policy = getattr(config, "scheduling_policy", "fcfs")
-        eos_token_ids = self.model.config.eos_token_ids
-        if not eos_token_ids and self.tokenizer is not None:
-            eos_token_ids = self.tokenizer.eos_token_ids
         self._requests = RequestBuilder(
             tokenizer=self.tokenizer,
             vocab_size=self.model.config.vocab_size,
             max_model_len=config.max_model_len,
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=self._eos_token_ids(),
             seed=seed,
             scheduling_policy=policy.value if isinstance(policy, Enum) else policy,
         )
-        self._outputs = OutputProcessor()
+        self._shared = SharedEngine(self.engine, self._use_device)
 
     def generate(
         self,
@@ -102,7 +111,11 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete one prompt or several; outputs are in the order of the prompts.
 
-        sampling_params: one for all, or one per prompt; None is `SamplingParams()`.
+        sampling_params: one for all, or one per prompt; they replace all that the model's
+            generation_config.json suggests. None is `get_default_sampling_params()`.
+        A text gets what the tokenizer puts around every prompt. A text that a chat template made
+        has that already, and a second bos changes the answer: use `chat`, give `render_chat`'s
+        prompt, or the ids of `tokenizer.encode(text, add_special_tokens=False)`.
         priority: one number per prompt, lower first; needs scheduling_policy="priority".
         ValueError if any prompt or setting cannot work; then none of them was run.
         """
@@ -112,7 +125,8 @@ class LLM:
             parse_prompt(item, index, self.tokenizer, vocab_size)
             for index, item in enumerate(items)
         ]
-        return self._run(self._requests.build(parsed, sampling_params, priority), use_tqdm)
+        states = self._requests.build(parsed, self._params_or_default(sampling_params), priority)
+        return self._run(states, use_tqdm)
 
     def chat(
         self,
@@ -128,40 +142,46 @@ class LLM:
         )
         conversations: Any = messages if is_several else [messages]
         prompts = [self.render_chat(messages, add_generation_prompt) for messages in conversations]
-        return self._run(self._requests.build(prompts, sampling_params, None), use_tqdm)
+        states = self._requests.build(prompts, self._params_or_default(sampling_params), None)
+        return self._run(states, use_tqdm)
 
     def stream(
         self, prompt: PromptInput, sampling_params: SamplingParams | None = None
-    ) -> Generator[RequestOutput, None, None]:
+    ) -> OutputStream:
         """Complete one prompt and yield all of its output so far after every new token.
 
-        Mistakes raise here, not at the first output. Closing the iterator aborts the request.
-        Several streams, and calls of `generate`, may be under way at once.
+        Mistakes raise here, not at the first output: the request is in the engine when this
+        returns. Closing the iterator, or dropping it, aborts the request. Several streams, and
+        calls of `generate`, may be under way at once.
         """
         parsed = parse_prompt(prompt, 0, self.tokenizer, self.model.config.vocab_size)
-        (state,) = self._requests.build([parsed], sampling_params, None)
-        return self._stream(state)
+        params = self._params_or_default(sampling_params)
+        (state,) = self._requests.build([parsed], params, None)
+        self._shared.start(state)
+        return OutputStream(self._shared, state)
 
     def beam_search(
         self, prompts: PromptInput | Sequence[PromptInput], params: BeamSearchParams
     ) -> list[BeamSearchOutput]:
         """The `beam_width` likeliest outputs of each prompt that beam search finds, best first.
 
-        ValueError if a prompt cannot be one, or leaves no room for `max_tokens`.
+        ValueError if a prompt cannot be one, or leaves no room for `max_tokens`. Other threads'
+        calls wait until the search is over, while its steps carry their requests on.
         """
         vocab_size = self.model.config.vocab_size
         parsed = [
             parse_prompt(item, index, self.tokenizer, vocab_size)
             for index, item in enumerate(split_prompts(prompts))
         ]
-        searches = search_beams(
-            self.engine,
-            self._step_engine,
-            [prompt.token_ids for prompt in parsed],
-            params,
-            self._requests.eos_token_ids,
-            self._requests.max_model_len,
-        )
+        with self._shared.turn():
+            searches = search_beams(
+                self._shared,
+                self._shared.step,
+                [prompt.token_ids for prompt in parsed],
+                params,
+                self._requests.eos_token_ids,
+                self._requests.max_model_len,
+            )
         return [
             BeamSearchOutput(list(map(self._describe_beam, search.finished))) for search in searches
         ]
@@ -171,6 +191,18 @@ class LLM:
         if self.tokenizer is not None:
             text = self.tokenizer.decode(beam.token_ids, skip_special_tokens=True)
         return BeamSearchSequence(beam.token_ids, beam.cum_logprob, text)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a call without SamplingParams gets: the suggestions of generation_config.json.
+
+        ValueError if one of them is nothing that this engine can follow.
+        """
+        return default_sampling_params(self._model_path)
+
+    def _params_or_default(
+        self, sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> SamplingParams | Sequence[SamplingParams]:
+        return self.get_default_sampling_params() if sampling_params is None else sampling_params
 
     def render_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True
@@ -185,70 +217,22 @@ class LLM:
         return Prompt(self.tokenizer.decode(token_ids, skip_special_tokens=False), token_ids)
 
     def _run(self, states: list[PromptState], use_tqdm: bool) -> list[RequestOutput]:
-        """Run these prompts to their end; on any exception abort what is left of them."""
-        unfinished = set(states)
-        try:
-            for state in states:
-                self._enqueue(state)
-            with ThroughputBar(len(states), is_shown=use_tqdm) as progress:
-                while unfinished:
-                    finished = self._step(unfinished)
-                    unfinished.difference_update(finished)
-                    progress.update(finished)
-        finally:
-            self._abort(states)
+        with ThroughputBar(len(states), is_shown=use_tqdm) as progress:
+            self._shared.run(states, progress.update)
         return [state.output() for state in states]
 
-    def _stream(self, state: PromptState) -> Generator[RequestOutput, None, None]:
-        num_seen = 0
-        try:
-            self._enqueue(state)
-            while not state.finished or state.num_output_tokens > num_seen:
-                if state.num_output_tokens == num_seen:
-                    self._step((state,))
-                if state.num_output_tokens > num_seen:
-                    num_seen = state.num_output_tokens
-                    yield state.output()
-        finally:
-            self._abort((state,))
+    def _use_device(self) -> None:
+        """Make the model's device the current one of this thread, where Triton launches."""
+        device = getattr(self.model, "device", None)
+        if device is not None and device.index is not None:
+            torch.cuda.set_device(device)
 
-    def _enqueue(self, state: PromptState) -> None:
-        for completion in state.completions:
-            self._outputs.add(state, completion)  # first, so that an interrupt finds it
-            try:
-                self.engine.add_request(completion.request)
-            except ValueError:
-                self._outputs.discard(completion)
-                raise
-
-    def _abort(self, states: Iterable[PromptState]) -> None:
-        for request_id in self._outputs.remove(states):
-            self.engine.abort_request(request_id)
-
-    def _step(self, waited_for: Collection[PromptState]) -> list[PromptState]:
-        """One engine step for every call under way; returns the prompts that it finished.
-
-        RuntimeError if a step cannot bring what the caller waits for.
-        """
-        if not self.engine.has_unfinished_requests():
-            raise RuntimeError(
-                f"{type(self.engine).__name__} has nothing left to run, but "
-                f"{len(waited_for)} prompts are unfinished: their requests were lost, or aborted "
-                f"behind the back of this LLM"
-            )
-        finished: list[PromptState] = []
-        self._step_engine(finished)
-        return finished
-
-    def _step_engine(self, finished: list[PromptState] | None = None) -> StepOutput:
-        """One engine step; everybody's tokens are recorded, finished prompts appended."""
-        output = self.engine.step()
-        processed = self._outputs.process(output, time.perf_counter())
-        for request_id in processed.stopped_request_ids:
-            self.engine.abort_request(request_id)
-        if finished is not None:
-            finished += processed.finished_prompts
-        return output
+    def _eos_token_ids(self) -> frozenset[int]:
+        """The model's and, as in vLLM, the tokenizer's, as far as the model can produce them."""
+        ids = self.model.config.eos_token_ids
+        if self.tokenizer is not None:
+            ids |= self.tokenizer.eos_token_ids
+        return frozenset(token_id for token_id in ids if token_id < self.model.config.vocab_size)
 
     def _limit_model_len(self, config: Any, was_given: bool) -> Any:
         """The config with a `max_model_len` that the model can attend to."""
@@ -270,6 +254,12 @@ def _default_model() -> Path:
             f"directory; run `python -m m0_infra fetch` there, or name a model"
         )
     return DEFAULT_MODEL
+
+
+def _check_config(model: str | Path) -> None:
+    """ValueError if the model's config.json, where there is one, describes none that can run."""
+    if (Path(model) / "config.json").is_file():
+        ModelConfig.from_directory(model)
 
 
 def _load_tokenizer(model: str | Path, tokenizer: str | Path | None) -> Tokenizer | None:

@@ -41,6 +41,10 @@ class CompletionState:
         self._cumulative_logprob = 0.0
         self._stop_reason: int | str | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self._token_ids)
+
     def append(self, token: TokenOutput) -> None:
         """Take the next token; sets `finish_reason` if the engine or a stop string ends here."""
         self._token_ids.append(token.token_id)
@@ -172,10 +176,6 @@ class OutputProcessor:
     def add(self, prompt: PromptState, completion: CompletionState) -> None:
         self._active[completion.request.request_id] = (prompt, completion)
 
-    def discard(self, completion: CompletionState) -> None:
-        """Forget one request that the engine did not take."""
-        self._active.pop(completion.request.request_id, None)
-
     def remove(self, prompts: Iterable[PromptState]) -> list[str]:
         """Forget these prompts; returns the ids of their requests that had not finished."""
         return [
@@ -190,9 +190,12 @@ class OutputProcessor:
 
         Tokens of requests that are not ours are left alone.
         """
+        return self._record(step_output.tokens, now)
+
+    def _record(self, tokens: Iterable[TokenOutput], now: float) -> ProcessedStep:
         stopped = []
         finished = []
-        for token in step_output.tokens:
+        for token in tokens:
             found = self._active.get(token.request_id)
             if found is None:
                 continue
@@ -206,3 +209,29 @@ class OutputProcessor:
                 if prompt.finished:
                     finished.append(prompt)
         return ProcessedStep(stopped, finished)
+
+    def catch_up(self, now: float) -> ProcessedStep:
+        """Record the tokens that requests got in a step that was broken off before it told us.
+
+        Their log-probabilities are lost: a request that asked for them ends as aborted.
+        """
+        lost = []
+        unreported = []
+        for prompt, completion in list(self._active.values()):
+            request = completion.request
+            token_ids = request.output_token_ids[completion.num_tokens :]
+            if token_ids and request.sampling_params.logprobs is not None:
+                completion.finish_reason = FinishReason.ABORT
+                del self._active[request.request_id]
+                lost.append((request.request_id, prompt))
+                continue
+            reasons = [None] * (len(token_ids) - 1) + [request.finish_reason]
+            unreported += [
+                TokenOutput(request.request_id, token_id, reason, None)
+                for token_id, reason in zip(token_ids, reasons, strict=False)
+            ]
+        processed = self._record(unreported, now)
+        return ProcessedStep(
+            processed.stopped_request_ids + [request_id for request_id, _ in lost],
+            processed.finished_prompts + [prompt for _, prompt in lost if prompt.finished],
+        )

@@ -10,14 +10,15 @@ from .output_processor import PromptState
 
 
 class ThroughputBar:
-    """Finished prompts, with input and output tokens per second since the start.
+    """Finished prompts of one call, with input and output tokens per second since the start.
 
     A prompt's tokens are counted when it is finished, as in vLLM.
     """
 
     def __init__(self, num_prompts: int, is_shown: bool) -> None:
-        self._bar = tqdm(
-            total=num_prompts, desc="Processed prompts", unit="prompt", disable=not is_shown
+        # tqdm has a lock and a thread for all of its bars, also for those that it does not show.
+        self._bar = (
+            tqdm(total=num_prompts, desc="Processed prompts", unit="prompt") if is_shown else None
         )
         self._start = time.perf_counter()
         self._num_input_tokens = 0
@@ -32,11 +33,12 @@ class ThroughputBar:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def update(self, finished: Iterable[PromptState]) -> None:
         """Count these prompts as done."""
-        if self._bar.disable:
+        if self._bar is None:
             return
         num_finished = 0
         for prompt in finished:

@@ -1,6 +1,7 @@
 """Checks prompts and sampling settings, and makes the requests of a call out of them."""
 
 import hashlib
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,11 +38,13 @@ class RequestBuilder:
         self._seed = seed
         self._scheduling_policy = scheduling_policy
         self._num_prompts = 0
+        self._numbering = threading.Lock()
+        """Calls in several threads get numbers, and so request ids and seeds, of their own."""
 
     def build(
         self,
         prompts: Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        sampling_params: SamplingParams | Sequence[SamplingParams],
         priority: Sequence[int] | None,
     ) -> list[PromptState]:
         """The requests of one call, one state per prompt in order; ValueError builds none."""
@@ -52,10 +55,13 @@ class RequestBuilder:
             for index, (params, prompt) in enumerate(zip(all_params, prompts, strict=True))
         ]
         arrival_time = time.perf_counter()
-        return [
-            self._build_one(prompt, params, prompt_priority, arrival_time)
-            for prompt, params, prompt_priority in zip(prompts, resolved, priorities, strict=True)
-        ]
+        with self._numbering:
+            return [
+                self._build_one(prompt, params, prompt_priority, arrival_time)
+                for prompt, params, prompt_priority in zip(
+                    prompts, resolved, priorities, strict=True
+                )
+            ]
 
     def _build_one(
         self, prompt: Prompt, params: SamplingParams, priority: int, arrival_time: float
@@ -110,10 +116,8 @@ class RequestBuilder:
 
     @staticmethod
     def _one_per_prompt(
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+        sampling_params: SamplingParams | Sequence[SamplingParams], num_prompts: int
     ) -> Sequence[SamplingParams]:
-        if sampling_params is None:
-            sampling_params = SamplingParams()
         if isinstance(sampling_params, SamplingParams):
             return [sampling_params] * num_prompts
         if not isinstance(sampling_params, Sequence) or any(

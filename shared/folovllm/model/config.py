@@ -7,9 +7,19 @@ from typing import Any
 
 import torch
 
+from .presets import preset_configs
+from .published_settings import (
+    eos_token_ids,
+    flag,
+    head_dim_of,
+    num_kv_heads_of,
+    number,
+    refuse_other_computations,
+    sliding_window_of,
+    supported_type,
+    whole_number,
+)
 from .rope import RopeConfig
-
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +38,10 @@ class ModelConfig:
     rms_norm_eps: float
     rope: RopeConfig
     max_position_embeddings: int
+    """As the file has it; `num_positions` says what a scaled rope makes of it."""
     tie_word_embeddings: bool
+    """Whether logits are computed with the embedding table. The loader clears it where the
+    checkpoint brings a head of its own all the same."""
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -51,7 +64,10 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "ModelConfig":
-        """Read config.json and, where there is one, generation_config.json (its EOS ids win)."""
+        """Read config.json and, where there is one, generation_config.json (its EOS ids win).
+
+        ValueError names the file and the setting that is missing, wrong or not supported.
+        """
         directory = Path(path)
         config = _read_json(directory / "config.json")
         generation_path = directory / "generation_config.json"
@@ -63,71 +79,69 @@ class ModelConfig:
                 f"{directory / 'config.json'} has no {error.args[0]!r}, which a model of type "
                 f"{config.get('model_type')!r} needs; download the model again"
             ) from error
+        except ValueError as error:
+            raise ValueError(f"the model in {directory} cannot run: {error}") from error
 
     @classmethod
     def from_hf(
         cls, config: dict[str, Any], generation: dict[str, Any] | None = None
     ) -> "ModelConfig":
-        """Translate the published names; ValueError for anything we would compute wrongly."""
-        model_type = config.get("model_type")
-        if model_type not in SUPPORTED_MODEL_TYPES:
-            raise ValueError(
-                f"model_type {model_type!r} is not supported; this engine runs "
-                f"{', '.join(SUPPORTED_MODEL_TYPES)}"
-            )
-        activation = config.get("hidden_act", "silu")
-        if activation != "silu":
-            raise ValueError(f"hidden_act {activation!r} is not supported, only 'silu'")
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method")
-            raise ValueError(f"this checkpoint is quantised ({method}); give an unquantised one")
-        _refuse_unknown_head_scaling(config)
-        num_heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
-        attention_bias = bool(config.get("attention_bias", False))
-        eos = (generation or {}).get("eos_token_id")
-        eos = config.get("eos_token_id") if eos is None else eos
+        """Translate the published names; ValueError for anything we would compute wrongly.
+
+        What a file leaves out is what it means to Transformers. KeyError names a setting that
+        must be there.
+        """
+        model_type = supported_type(config)
+        refuse_other_computations(config)
+        num_heads = whole_number(config, "num_attention_heads")
+        head_dim = head_dim_of(config, num_heads)
+        attention_bias = flag(config, "attention_bias")
         return cls(
             model_type=model_type,
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
+            vocab_size=whole_number(config, "vocab_size"),
+            hidden_size=whole_number(config, "hidden_size"),
+            intermediate_size=whole_number(config, "intermediate_size"),
+            num_layers=whole_number(config, "num_hidden_layers"),
             num_heads=num_heads,
-            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            num_kv_heads=num_kv_heads_of(config, num_heads),
             head_dim=head_dim,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rms_norm_eps=number(config, "rms_norm_eps", 1e-6),
             rope=RopeConfig.from_hf(config, head_dim),
-            max_position_embeddings=config["max_position_embeddings"],
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            max_position_embeddings=whole_number(config, "max_position_embeddings"),
+            tie_word_embeddings=flag(config, "tie_word_embeddings"),
             qkv_bias=model_type == "qwen2" or attention_bias,
             o_bias=model_type in ("llama", "qwen3") and attention_bias,
-            mlp_bias=model_type == "llama" and bool(config.get("mlp_bias", False)),
+            mlp_bias=model_type == "llama" and flag(config, "mlp_bias"),
             qk_norm=model_type == "qwen3",
-            sliding_window=_sliding_window(config),
+            sliding_window=sliding_window_of(config),
             dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
             bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or ()),
+            eos_token_ids=eos_token_ids(config, generation or {}),
         )
 
     @staticmethod
     def preset_names() -> tuple[str, ...]:
-        return tuple(sorted(_presets()))
+        return tuple(sorted(preset_configs()))
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
         """The shape of a published model, for benchmarks with random weights."""
-        presets = _presets()
+        presets = preset_configs()
         if name not in presets:
             raise ValueError(f"no preset {name!r}; there are {', '.join(cls.preset_names())}")
         return cls.from_hf(presets[name])
 
     @property
+    def num_positions(self) -> int:
+        """Positions that the rotary embedding tells apart, stretched ones included."""
+        return self.rope.context_len(self.max_position_embeddings)
+
+    @property
     def max_context_len(self) -> int:
         """Most tokens that a query may look back on, itself included, in this model."""
         if self.sliding_window is None:
-            return self.max_position_embeddings
-        return min(self.max_position_embeddings, self.sliding_window)
+            return self.num_positions
+        return min(self.num_positions, self.sliding_window)
 
     @property
     def group_size(self) -> int:
@@ -148,87 +162,8 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} does not exist; a model directory needs config.json, *.safetensors and "
             f"tokenizer files"
         ) from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
-
-
-def _refuse_unknown_head_scaling(config: dict[str, Any]) -> None:
-    """Llama and Mistral derivatives carry extra factors; ignoring one gives silent nonsense."""
-    neutral = {"attention_multiplier": None, "logits_scaling": 1.0, "final_logit_softcapping": None}
-    for name, value in neutral.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"config.json sets {name}={config[name]!r}, which is not supported")
-
-
-def _sliding_window(config: dict[str, Any]) -> int | None:
-    if config["model_type"] == "llama":
-        return None
-    if config["model_type"].startswith("qwen") and not config.get("use_sliding_window", False):
-        return None
-    # What a Mistral checkpoint that names no window means to Transformers; null is no window.
-    default = 4096 if config["model_type"] == "mistral" else None
-    return config.get("sliding_window", default)
-
-
-def _presets() -> dict[str, dict[str, Any]]:
-    """config.json of the published models, less what does not change the computation."""
-    return {
-        "qwen3-0.6b": {
-            "model_type": "qwen3",
-            "vocab_size": 151936,
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1000000.0,
-            "max_position_embeddings": 40960,
-            "tie_word_embeddings": True,
-            "dtype": "bfloat16",
-            "eos_token_id": [151645, 151643],
-        },
-        "qwen3-8b": {
-            "model_type": "qwen3",
-            "vocab_size": 151936,
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1000000.0,
-            "max_position_embeddings": 40960,
-            "tie_word_embeddings": False,
-            "dtype": "bfloat16",
-            "eos_token_id": [151645, 151643],
-        },
-        "llama-3.1-8b": {
-            "model_type": "llama",
-            "vocab_size": 128256,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 500000.0,
-            "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
-            "max_position_embeddings": 131072,
-            "tie_word_embeddings": False,
-            "dtype": "bfloat16",
-            "eos_token_id": [128001, 128008, 128009],
-        },
-    }

@@ -7,7 +7,7 @@ import torch
 from ..kernels.selection import select_kernels
 from .config import ModelConfig
 from .transformer import CausalLM
-from .weights import load_random, load_safetensors
+from .weights import load_random, load_safetensors, with_published_head
 
 _DTYPES = {
     "float32": torch.float32,
@@ -47,7 +47,7 @@ def load_model(
         )
     elif load_format in ("auto", "safetensors"):
         directory = resolve_model_directory(model)
-        config = ModelConfig.from_directory(directory)
+        config = with_published_head(ModelConfig.from_directory(directory), directory)
     else:
         raise ValueError(
             f"load_format must be 'auto', 'safetensors' or 'dummy', got {load_format!r}"
@@ -101,6 +101,8 @@ def resolve_model_directory(model: str | Path) -> Path:
     if directory.is_dir():
         return directory
     name = str(model)
+    if directory.is_file():
+        raise FileNotFoundError(_about_a_file(directory))
     if name in ModelConfig.preset_names():
         raise ValueError(
             f"{name} is a preset, a model's shape without weights; add load_format='dummy' "
@@ -122,3 +124,17 @@ def resolve_model_directory(model: str | Path) -> Path:
             f"({type(error).__name__}: {error}); check the name and the network, or download it "
             f"elsewhere and give the directory"
         ) from error
+
+
+def _about_a_file(path: Path) -> str:
+    """What to do instead of giving a single file as a model."""
+    if path.suffix == ".gguf":
+        return (
+            f"{path} is a GGUF file, and a model here is a directory with config.json, "
+            f"*.safetensors and tokenizer files; get the model in that form. (The embedded model "
+            f"is converted from GGUF: `python -m m0_infra fetch`)"
+        )
+    return (
+        f"{path} is a file, and a model is a directory with config.json, *.safetensors and "
+        f"tokenizer files; give {path.parent}"
+    )

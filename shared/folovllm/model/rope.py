@@ -1,10 +1,13 @@
 """Rotary position embedding: inverse frequencies with the scalings of the supported families."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .rope_settings import read_rope_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +16,8 @@ class RopeConfig:
 
     `rope_type` is "default", "linear" (Chen et al. 2023), "llama3" (Llama 3.1's smooth cut) or
     "yarn" (Peng et al. 2023). "dynamic" NTK scaling only acts beyond max_position_embeddings,
-    which an engine refuses, so it reads as "default".
+    where frequencies depend on the length that a sequence has reached and no table of positions
+    holds them; an engine refuses those lengths, so it reads as "default".
     """
 
     theta: float
@@ -32,47 +36,37 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], head_dim: int) -> "RopeConfig":
-        """Read `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before)."""
-        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
-        rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
-        partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-        if partial not in (None, 1.0):
-            raise ValueError(f"partial_rotary_factor {partial} is not supported, only 1.0")
+        """Read a config.json; ValueError for a setting that is missing, wrong or not supported."""
+        settings = read_rope_settings(config)
         if head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embedding, got {head_dim}")
+        partial = settings.get("partial_rotary_factor", 1.0)
+        if partial != 1.0:
+            raise ValueError(f"partial_rotary_factor {partial} is not supported, only 1.0")
+        rope_type = settings["rope_type"]
+        theta = _positive(settings, "rope_theta")
         if rope_type in ("default", "dynamic"):
             return cls(theta=theta)
         if rope_type == "linear":
-            return cls(theta=theta, rope_type=rope_type, factor=float(scaling["factor"]))
-        original = int(
-            scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        )
+            return cls(theta=theta, rope_type=rope_type, factor=_positive(settings, "factor"))
         if rope_type == "llama3":
-            return cls(
-                theta=theta,
-                rope_type=rope_type,
-                factor=float(scaling["factor"]),
-                original_max_position_embeddings=original,
-                low_freq_factor=float(scaling["low_freq_factor"]),
-                high_freq_factor=float(scaling["high_freq_factor"]),
-            )
-        if rope_type == "yarn":
-            factor = float(scaling.get("factor") or config["max_position_embeddings"] / original)
-            return cls(
-                theta=theta,
-                rope_type=rope_type,
-                factor=factor,
-                original_max_position_embeddings=original,
-                beta_fast=float(scaling.get("beta_fast") or 32.0),
-                beta_slow=float(scaling.get("beta_slow") or 1.0),
-                attention_factor=_yarn_attention_factor(scaling, factor),
-                truncate=bool(scaling.get("truncate", True)),
-            )
-        raise ValueError(
-            f"rope_type {rope_type!r} is not supported; this engine knows default, dynamic, "
-            f"linear, llama3 and yarn"
+            return cls(theta=theta, rope_type=rope_type, **_llama3_settings(settings))
+        return cls(
+            theta=theta,
+            rope_type=rope_type,
+            **_yarn_settings(settings, config["max_position_embeddings"]),
         )
+
+    def context_len(self, max_position_embeddings: int) -> int:
+        """Positions that the frequencies were stretched to, as vLLM derives them.
+
+        A llama3 config names the stretched length as max_position_embeddings, the others do not.
+        """
+        if self.rope_type == "yarn":
+            return int(self.original_max_position_embeddings * self.factor)
+        if self.rope_type == "linear":
+            return int(max_position_embeddings * self.factor)
+        return max_position_embeddings
 
     def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
         """[head_dim / 2] float32 on the CPU: radians per position of each pair of dimensions."""
@@ -111,15 +105,54 @@ class RopeConfig:
         return inv_freq / self.factor * interpolated + inv_freq * (1 - interpolated)
 
 
-def _yarn_attention_factor(scaling: dict[str, Any], factor: float) -> float:
-    if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
+def _llama3_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("factor", "low_freq_factor", "high_freq_factor")
+    values: dict[str, Any] = {name: _positive(settings, name) for name in names}
+    if values["low_freq_factor"] >= values["high_freq_factor"]:
+        raise ValueError(
+            f"config.json has low_freq_factor {values['low_freq_factor']}, which must be below "
+            f"high_freq_factor {values['high_freq_factor']}"
+        )
+    return {**values, "original_max_position_embeddings": _original_len(settings)}
+
+
+def _yarn_settings(settings: Mapping[str, Any], max_position_embeddings: int) -> dict[str, Any]:
+    original = _original_len(settings)
+    implied = max_position_embeddings / original
+    factor = implied if settings["factor"] is None else _positive(settings, "factor")
+    return {
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "beta_fast": _positive(settings, "beta_fast", 32.0),
+        "beta_slow": _positive(settings, "beta_slow", 1.0),
+        "attention_factor": _yarn_attention_factor(settings, factor),
+        "truncate": bool(settings.get("truncate", True)),
+    }
+
+
+def _original_len(settings: Mapping[str, Any]) -> int:
+    return int(_positive(settings, "original_max_position_embeddings"))
+
+
+def _positive(settings: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """A setting that must be a number above 0; 0 means the default where there is one."""
+    value = settings.get(name, default)
+    if default is not None and value == 0:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"config.json must have a number above 0 as {name}, got {value!r}")
+    return float(value)
+
+
+def _yarn_attention_factor(settings: Mapping[str, Any], factor: float) -> float:
+    if settings.get("attention_factor") is not None:
+        return _positive(settings, "attention_factor")
 
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+    if settings.get("mscale") and settings.get("mscale_all_dim"):
+        return mscale(_positive(settings, "mscale")) / mscale(_positive(settings, "mscale_all_dim"))
     return mscale(1.0)
 
 

@@ -142,9 +142,7 @@ class CausalLM:
             if config.tie_word_embeddings
             else like.new_empty(config.vocab_size, config.hidden_size)
         )
-        self.rope = RotaryTable(
-            config.rope, config.head_dim, config.max_position_embeddings, device
-        )
+        self.rope = RotaryTable(config.rope, config.head_dim, config.num_positions, device)
 
     def __call__(
         self, input_ids: torch.Tensor, positions: torch.Tensor, attend: AttendFn

@@ -2,33 +2,64 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .config import ModelConfig
 from .transformer import CausalLM
 
 _INITIAL_STD = 0.02
 """Standard deviation of random weights; what the published models were initialised with."""
 
 
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def with_published_head(config: ModelConfig, directory: Path) -> ModelConfig:
+    """The config with a head of its own, if the checkpoint brings one that is not the embedding.
+
+    As Transformers 5 does it: where config.json ties the two, but the files hold both and they
+    differ, the file is right and the config is not.
+    """
+    if not config.tie_word_embeddings:
+        return config
+    tables: list[torch.Tensor] = []
+    for path in _safetensors_files(directory):
+        with _open_safetensors(path) as file:
+            names = {_EMBEDDING, _HEAD}.intersection(file.keys())
+            tables += map(file.get_tensor, names)
+    is_tied = len(tables) < 2 or torch.equal(*tables)
+    return replace(config, tie_word_embeddings=is_tied)
+
+
 def load_safetensors(model: CausalLM, directory: Path) -> None:
     """Copy every tensor of the checkpoint into its place, one at a time.
 
-    q, k, v and gate, up are stacked into the merged matrices on the way. ValueError lists the
-    names that are missing or unexpected and the shapes that do not fit; the model must then not
-    be used.
+    q, k, v and gate, up are stacked into the merged matrices on the way. A tied table may stand
+    under either name. ValueError lists the names that are missing or unexpected and the tensors
+    that do not fit; the model must then not be used.
     """
     targets = published_tensors(model)
-    missing, unexpected, misshapen = set(targets), [], []
+    missing: set[str] = set(targets)
+    unexpected, misshapen, quantised = [], [], []
     for name, tensor in iter_safetensors(directory):
+        if name == _HEAD and model.config.tie_word_embeddings:
+            name = _EMBEDDING
         target = targets.get(name)
         if target is None:
-            if not _is_redundant(name, model):
+            # Frequencies of the rotary embedding follow from the config.
+            if not name.endswith("rotary_emb.inv_freq"):
                 unexpected.append(name)
         elif target.shape != tensor.shape:
             misshapen.append(f"{name} is {list(tensor.shape)}, expected {list(target.shape)}")
+        elif not tensor.is_floating_point() or tensor.itemsize < 2:
+            quantised.append(f"{name} is {tensor.dtype}".replace("torch.", ""))
         else:
             target.copy_(tensor)
         missing.discard(name)
@@ -39,6 +70,11 @@ def load_safetensors(model: CausalLM, directory: Path) -> None:
         problems.append(f"unexpected: {', '.join(sorted(unexpected))}")
     if misshapen:
         problems.append(f"wrong shape: {'; '.join(misshapen)}")
+    if quantised:
+        problems.append(
+            f"quantised, which this engine does not read: {', '.join(quantised)}; give a "
+            f"checkpoint in float32, bfloat16 or float16"
+        )
     if problems:
         raise ValueError(
             f"the weights in {directory} do not fit its config.json "
@@ -61,15 +97,21 @@ def load_random(model: CausalLM, seed: int) -> None:
 def iter_safetensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) from model.safetensors or from the shards that the index names."""
     for path in _safetensors_files(directory):
-        try:
-            file = safe_open(path, framework="pt", device="cpu")
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is no whole safetensors file ({error}); download the model again"
-            ) from error
-        with file:
+        with _open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 yield name, file.get_tensor(name)
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is no whole safetensors file ({error}); download the model again"
+        ) from error
+    with file:
+        yield file
 
 
 def _safetensors_files(directory: Path) -> list[Path]:
@@ -86,10 +128,18 @@ def _safetensors_files(directory: Path) -> list[Path]:
         return paths
     if (directory / "model.safetensors").exists():
         return [directory / "model.safetensors"]
-    others = sorted(path.name for path in directory.glob("*.bin")) or ["no weights"]
+    shards = sorted(path.name for path in directory.glob("*.safetensors"))
+    if shards:
+        raise FileNotFoundError(
+            f"{directory} has {', '.join(shards)}, but neither model.safetensors nor {index.name}, "
+            f"which says what belongs to the model; download the model again, with all its files"
+        )
+    found = [path.name for end in _OTHER_FORMATS for path in directory.glob(f"*{end}")]
+    others = ", ".join(sorted(found)) or "no weights"
     raise FileNotFoundError(
-        f"{directory} has no model.safetensors (found: {', '.join(others)}); this engine reads "
-        f"safetensors only, because other formats can run code when they are opened"
+        f"{directory} has no model.safetensors (found: {others}); this engine reads "
+        f"safetensors only, because other formats can run code when they are opened or hold "
+        f"weights that it does not compute with"
     )
 
 
@@ -128,9 +178,3 @@ def published_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
             targets[prefix + name.replace(merged, part) + suffix] = view
             start += num_rows
     return targets
-
-
-def _is_redundant(name: str, model: CausalLM) -> bool:
-    """Tensors that some checkpoints carry and that we compute or share instead."""
-    is_tied_head = name == "lm_head.weight" and model.config.tie_word_embeddings
-    return is_tied_head or name.endswith("rotary_emb.inv_freq")

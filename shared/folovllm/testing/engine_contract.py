@@ -9,12 +9,16 @@ A stage's test file is
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
 
+from ..entrypoints.beam_search import BeamSearchParams
+from ..entrypoints.llm import LLM
 from ..interfaces import Engine
 from ..model.loader import load_model
 from ..model.transformer import CausalLM
@@ -57,6 +61,34 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
     return load_model(write_toy_model(toy_families()[3], tmp_path_factory.mktemp("toy")))
 
 
+def _mixed_calls(num_calls: int) -> list[Callable[[LLM], Any]]:
+    """Calls of an LLM in turns of every kind, greedy or seeded; each returns its token ids."""
+
+    def generate(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> Any:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return [[c.token_ids for c in output.outputs] for output in outputs]
+
+    def stream(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> Any:
+        *_, last = llm.stream(prompts[0], params)
+        return [completion.token_ids for completion in last.outputs]
+
+    def closed_stream(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> Any:
+        llm.stream(prompts[0], params).close()
+
+    def search(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> Any:
+        found = llm.beam_search(prompts[:1], BeamSearchParams(beam_width=2, max_tokens=4))
+        return [sequence.tokens for sequence in found[0].sequences]
+
+    kinds = (generate, stream, generate, closed_stream, generate, search)
+    calls: list[Callable[[LLM], Any]] = []
+    for index in range(num_calls):
+        prompts = random_prompts(seed=index, count=1 + index % 3, vocab_size=199, max_len=30)
+        sampled = SamplingParams(n=2, seed=index, temperature=1.0, top_p=0.9, max_tokens=9)
+        params = _greedy(3 + index % 9) if (index + index // 6) % 2 else sampled
+        calls.append(partial(kinds[index % 6], prompts=prompts, params=params))
+    return calls
+
+
 class EngineContract:
     """Inherit, set `stage` to the package and `options` to EngineConfig values for toy models."""
 
@@ -66,6 +98,11 @@ class EngineContract:
     def make_engine(self, model: CausalLM, **overrides: Any) -> Engine:
         options = {"max_model_len": 192, **self.options, **overrides}
         return self.stage.LLMEngine(self.stage.EngineConfig(**options), model)
+
+    def make_llm(self, directory: Path) -> LLM:
+        options = {"max_model_len": 192, **self.options}
+        llm: LLM = self.stage.LLM(directory, device="cpu", **options)
+        return llm
 
     def test_greedy_tokens_equal_transformers(self, toy_directory: Path) -> None:
         prompts = random_prompts(seed=1, count=30, vocab_size=199, max_len=120)
@@ -363,6 +400,30 @@ class EngineContract:
                 assert token.logprobs.rank == 1
                 assert token.logprobs.top[0] == (token.token_id, token.logprobs.logprob)
                 assert len(token.logprobs.top) == 3
+
+    def test_scaled_rope_reaches_beyond_the_original_context(self, tmp_path: Path) -> None:
+        """YaRN with a factor of 4: the file's max_position_embeddings are not the end."""
+        rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+        overrides = {"rope_parameters": rope, "max_position_embeddings": 64}
+        directory = write_toy_model(ToyFamily("yarn", "qwen2", overrides), tmp_path)
+        prompts = random_prompts(seed=9, count=2, vocab_size=199, min_len=70, max_len=230)
+        expected = reference_greedy(directory, prompts, max_tokens=20)
+        model = load_model(directory)
+        assert model.config.max_context_len == 256
+        engine = self.make_engine(model, max_model_len=256)
+        requests = make_requests(prompts, _greedy(20, ignore_eos=True))
+        drain(engine, requests)
+        assert [request.output_token_ids for request in requests] == expected
+
+    def test_calls_of_several_threads_get_the_tokens_of_each_alone(self, tmp_path: Path) -> None:
+        directory = write_toy_model(toy_families()[3], tmp_path)
+        llm = self.make_llm(directory)
+        calls = _mixed_calls(num_calls=24)
+        expected = [call(self.make_llm(directory)) for call in calls]
+        with ThreadPoolExecutor(6) as pool:
+            for _ in range(2):
+                assert list(pool.map(lambda call: call(llm), calls)) == expected
+        check_idle(llm.engine)
 
     @pytest.mark.parametrize("seed", range(12))
     def test_fuzz_of_arrivals_aborts_and_settings(self, toy_model: CausalLM, seed: int) -> None:

@@ -24,12 +24,19 @@ class Tokenizer:
     def __init__(self, path: str | Path) -> None:
         """Load from a model directory, a `tokenizer.json` file or a Hub id; never runs remote code.
 
-        Raises ValueError if there is no usable tokenizer. transformers is imported here and not
+        Every setting of the files holds that says how one text becomes ids (bos and eos, added
+        tokens, normalisation); truncation and padding, which a file may have kept from a batch,
+        do not, and no length limit does: an engine refuses what is too long. Raises ValueError
+        if there is no usable tokenizer. transformers is imported here and not
         with the module: it takes a second that bookkeeping and its tests need not pay.
         """
         self.path = str(path)
         self._hf = self._load(self.path)
         self._backend = self._hf.backend_tokenizer
+        # How a batch was cut and filled up when the tokenizer was saved is no part of a prompt.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._refuse_dropout()
         self._token_bytes: dict[int, bytes] = {}
 
     @staticmethod
@@ -58,6 +65,15 @@ class Tokenizer:
             )
         return tokenizer
 
+    def _refuse_dropout(self) -> None:
+        """ValueError where merges are left out at random, as some do in training."""
+        dropout = getattr(self._backend.model, "dropout", None)
+        if dropout:
+            raise ValueError(
+                f"the tokenizer of {self.path!r} has a dropout of {dropout}: it would encode the "
+                f"same text differently every time; set it to null in tokenizer.json"
+            )
+
     @cached_property
     def vocab_size(self) -> int:
         """Number of tokens with their added ones; a model's logits may be padded beyond it."""
@@ -82,6 +98,7 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with what the tokenizer puts around every prompt (bos).
 
+        add_special_tokens: False for a text that has them already, as a chat template writes it.
         ValueError if it holds half a surrogate pair, which stands for no character.
         """
         try:
@@ -110,7 +127,8 @@ class Tokenizer:
         """Token ids of a conversation in the format that the model was trained on.
 
         `add_generation_prompt` opens the assistant's turn. ValueError if the tokenizer has no
-        template, a message is malformed, or the template itself refuses the conversation.
+        template, a message is malformed, or the template refuses the conversation, fails on it
+        or makes nothing of it.
         """
         if not self.has_chat_template:
             raise ValueError(
@@ -118,6 +136,16 @@ class Tokenizer:
                 f"model; use generate with plain text, or an instruct model"
             )
         self._check_messages(messages)
+        text = self._render(messages, add_generation_prompt)
+        token_ids = self.encode(text, add_special_tokens=False)  # the template has written them
+        if not token_ids:
+            raise ValueError(
+                f"the chat template of {self.path!r} makes {text!r} of this conversation, which "
+                f"has no tokens; correct the template, or give generate a prompt of your own"
+            )
+        return token_ids
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
         try:
@@ -127,8 +155,15 @@ class Tokenizer:
                 tokenize=False,
             )
         except TemplateError as error:
-            raise ValueError(f"the chat template refuses this conversation: {error}") from error
-        return self.encode(text, add_special_tokens=False)  # the template has written them
+            raise ValueError(
+                f"the chat template of {self.path!r} refuses this conversation: {error}"
+            ) from error
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise ValueError(
+                f"the chat template of {self.path!r} fails on this conversation "
+                f"({type(error).__name__}: {error}); correct the template"
+            ) from error
+        return text
 
     @staticmethod
     def _check_messages(messages: Sequence[Message]) -> None:
