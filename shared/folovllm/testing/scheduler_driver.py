@@ -26,12 +26,14 @@ class SchedulerDriver:
         self._cache = cache
         self._count_tokens = count_tokens
         self._reported: dict[Request, list[int]] = {}
+        self._places: dict[Request, tuple[int, int]] = {}
         self._aborted: set[Request] = set()
 
     def add(self, request: Request) -> None:
         self.scheduler.add_request(request)
         self.requests.append(request)
         self._reported[request] = []
+        self._places[request] = request.place
 
     def abort(self, request: Request) -> None:
         if request.status is not RequestStatus.FINISHED:
@@ -63,13 +65,13 @@ class SchedulerDriver:
         except KeyboardInterrupt:
             scheduler.start_over(scheduled)
             check_bookkeeping(scheduler)
-            self._check_reported()
+            self._check_requests()
             self._empty_free_blocks()
             return False
         self._report(output, unfinished, scheduled, sampled.token_ids)
         self._check_stats(output, scheduled)
         check_bookkeeping(scheduler)
-        self._check_reported()
+        self._check_requests()
         self._empty_free_blocks()
         return True
 
@@ -145,9 +147,10 @@ class SchedulerDriver:
             reason = expected_finish_reason(request, token_id, len(self._reported[request]))
             assert token.finish_reason is request.finish_reason is reason
 
-    def _check_reported(self) -> None:
+    def _check_requests(self) -> None:
         for request, token_ids in self._reported.items():
             assert request.output_token_ids == token_ids, f"{request.request_id}: told otherwise"
+            assert request.place == self._places[request], f"{request.request_id} lost its place"
 
     def _check_stats(self, output: StepOutput, scheduled: Any) -> None:
         scheduler, stats = self.scheduler, output.stats
