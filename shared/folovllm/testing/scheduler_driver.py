@@ -23,7 +23,7 @@ class SchedulerDriver:
         self.scheduler = scheduler
         self.requests: list[Request] = []
         """All that were ever added."""
-        self._cache = cache
+        self.cache = cache
         self._count_tokens = count_tokens
         self._reported: dict[Request, list[int]] = {}
         self._places: dict[Request, tuple[int, int]] = {}
@@ -57,7 +57,7 @@ class SchedulerDriver:
             with interrupt:
                 scheduled = scheduler.schedule()
             self._check_schedule(before, scheduled)
-            sampled = self._cache.execute(scheduled)
+            sampled = self.cache.execute(scheduled)
             while_it_runs()
             unfinished = [s.request for s in scheduled.scheduled if not _is_finished(s.request)]
             with interrupt:
@@ -179,11 +179,11 @@ class SchedulerDriver:
     def _empty_free_blocks(self) -> None:
         manager = self.scheduler.kv_cache_manager
         if hasattr(manager, "pool"):
-            self._cache.forget(manager.pool.free_block_ids, manager.swap_pool.free_block_ids)
+            self.cache.forget(manager.pool.free_block_ids, manager.swap_pool.free_block_ids)
         elif hasattr(manager, "slots"):
-            self._cache.forget(manager.free_slots, ())
+            self.cache.forget(manager.free_slots, ())
         elif manager.owner is None:
-            self._cache.forget([0], ())
+            self.cache.forget([0], ())
 
 
 def _is_finished(request: Request) -> bool:
