@@ -90,7 +90,11 @@ class BlockTables:
 
     def _forget_who_left(self) -> None:
         """Free the rows of requests that do not run: finished, preempted, or aborted."""
-        for request_id, copy in list(self.copies.items()):
-            if copy.request.status is not RequestStatus.RUNNING:
-                self.free_rows.append(copy.row)
-                del self.copies[request_id]
+        self.copies = {
+            request_id: copy
+            for request_id, copy in self.copies.items()
+            if copy.request.status is RequestStatus.RUNNING
+        }
+        # Counted anew: Ctrl-C may have come where a row belonged to nobody.
+        used_rows = {copy.row for copy in self.copies.values()}
+        self.free_rows = [row for row in range(self.padding_row) if row not in used_rows]

@@ -75,8 +75,9 @@ class Scheduler:
             return
         queues = {RequestStatus.RUNNING: self.running, RequestStatus.SWAPPED: self.swapped}
         queue: list[Request] | RequestQueue = queues.get(request.status, self.waiting)
-        request.finish(FinishReason.ABORT)
-        self._release(request)
+        # In one line: an interrupt comes before or after, and `schedule` tidies up what is left.
+        self.requests.pop(request_id).finish(FinishReason.ABORT)
+        self.kv_cache_manager.free(request)
         queue.remove(request)
 
     def has_unfinished_requests(self) -> bool:
@@ -215,7 +216,8 @@ class Scheduler:
             tokens.append(TokenOutput(request.request_id, token_id, finish_reason, logprobs))
         stats = self._stats(scheduler_output)
         for request in [r for r in self.running if r.status is RequestStatus.FINISHED]:
-            self._release(request)
+            del self.requests[request.request_id]
+            self.kv_cache_manager.free(request)
             self.running.remove(request)
         return StepOutput(tuple(tokens), stats)
 
@@ -231,14 +233,8 @@ class Scheduler:
             if request.num_tokens > num_tokens:
                 request.take_back_output(num_tokens)
                 self.requests[request.request_id] = request
-        unfinished = [r for r in self.requests.values() if r.status is not RequestStatus.FINISHED]
-        self.requests = {request.request_id: request for request in unfinished}
-        for request in unfinished:
+        for request in self.requests.values():
             self._queue_again(request)
-
-    def _release(self, request: Request) -> None:
-        del self.requests[request.request_id]
-        self.kv_cache_manager.free(request)
 
     def _stats(self, scheduler_output: SchedulerOutput) -> StepStats:
         scheduled = scheduler_output.scheduled

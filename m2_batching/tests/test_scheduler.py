@@ -49,6 +49,12 @@ def test_padding_counts_against_the_token_budget() -> None:
     assert advance(scheduler) == [("r2", 2, 2)]
 
 
+def test_budget_is_used_to_its_last_token() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, 3, 12)
+    assert advance(scheduler) == [("r0", 3, 0), ("r1", 12, 1)]
+
+
 def test_request_joins_while_others_run_and_takes_the_lowest_free_slot() -> None:
     scheduler = make_scheduler(num_slots=3)
     add(scheduler, 2, 2, 2)

@@ -191,10 +191,11 @@ def test_full_swap_space_sends_a_request_back_to_its_prompt() -> None:
 
 
 def test_whoever_needs_a_block_takes_those_of_the_tail_and_nobody_comes_back_at_once() -> None:
-    scheduler = make_scheduler(num_blocks=8)
+    scheduler = make_scheduler(num_blocks=8, max_num_seqs=3)
     add(scheduler, "a", 12)
     add(scheduler, "b", 4)
     add(scheduler, "c", 4)
+    add(scheduler, "d", 1)
     assert advance(scheduler) == {"a": 12, "b": 4, "c": 4}
     # The next token of each is the first of a block: 3 are free.
     assert advance(scheduler) == {"a": 1, "b": 1, "c": 1}
@@ -205,7 +206,6 @@ def test_whoever_needs_a_block_takes_those_of_the_tail_and_nobody_comes_back_at_
     assert output.num_preemptions == 1
     assert scheduler.waiting.first.request_id == "c"
     record(scheduler, output)
-    add(scheduler, "d", 1)
     assert finish(scheduler) == ["a", "b", "c", "d"]
 
 

@@ -1,6 +1,8 @@
 """Block tables on the device: what is copied when, and that they are always the manager's."""
 
+import contextlib
 import random
+from itertools import count
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ import torch
 from folovllm.request import Request, RequestStatus, SamplingParams
 from folovllm.testing.driver import drain, make_requests, random_prompts
 from folovllm.testing.engine_contract import toy_model
+from folovllm.testing.line_interrupts import LineInterrupt
+from m4_flash import block_tables
 from m4_flash.block_tables import BlockTables
 from m4_flash.config import PreemptionMode
 from m4_flash.kv_cache_manager import CopyKind
@@ -60,6 +64,27 @@ def test_new_requests_get_rows_that_agree_on_host_and_device() -> None:
     assert tables.device.dtype == torch.int32
     assert tables.device.shape == (4, 4)
     assert not tables.device[tables.padding_row].any()
+
+
+def test_interrupt_at_any_line_costs_no_row() -> None:
+    for line_number in count(1):
+        tables = BlockTables(2, num_columns=4, device=torch.device("cpu"))
+        left = [share("a", [0, 1]), share("b", [2])]
+        tables.assign(left)
+        for s in left:
+            s.request.status = RequestStatus.FINISHED
+        c, d = share("c", [3]), share("d", [4, 5])
+        interrupt = LineInterrupt([block_tables.__file__], line_number)
+        with contextlib.suppress(KeyboardInterrupt), interrupt:
+            tables.assign([c, d])
+        # The step is done again, with new lists; then c goes on and somebody else comes.
+        for names in ("cd", "ce"):
+            d.request.status = RequestStatus.FINISHED
+            scheduled = [c._replace(block_table=[6]), share(names[1], [7, 8])]
+            check_rows(tables, tables.assign(scheduled), scheduled)
+            scheduled[1].request.status = RequestStatus.FINISHED
+        if not interrupt.has_fired:
+            break
 
 
 def test_row_follows_the_request_and_not_its_place_in_the_batch() -> None:

@@ -6,17 +6,20 @@
 Nothing here needs torch: a symbolic cache plays the model.
 """
 
+import contextlib
 import importlib
 import itertools
 import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
 
 from ..request import FinishReason, Request, SamplingParams
+from .invariants import check_bookkeeping
 from .line_interrupts import LineInterrupt
 from .scheduler_driver import MAX_STEPS, SchedulerDriver
 from .scheduler_fuzz import SchedulerFuzz
@@ -163,6 +166,54 @@ class SchedulerContract:
                 self._run_scenario(driver, interrupt)
                 if not interrupt.has_fired:
                     break
+
+    def test_interrupt_at_any_line_of_an_abort_or_an_arrival_loses_nobody(self) -> None:
+        for driver, interrupt in self._interrupted_drivers():
+            with contextlib.suppress(KeyboardInterrupt), interrupt:
+                for name in "ae":  # one runs, one waits
+                    driver.scheduler.abort_request(name)
+                driver.scheduler.add_request(make_request("f", 3))
+            self._finish_all(driver)
+
+    def test_interrupt_at_any_line_of_starting_over_loses_nobody(self) -> None:
+        for driver, interrupt in self._interrupted_drivers():
+            step = driver.scheduler.schedule()
+            with contextlib.suppress(KeyboardInterrupt), interrupt:
+                driver.scheduler.start_over(step)
+            if interrupt.num_lines > 1 or not interrupt.has_fired:
+                self._finish_all(driver)
+
+    def _interrupted_drivers(self) -> Iterator[tuple[SchedulerDriver, LineInterrupt]]:
+        """Schedulers of five requests after a step, until an interrupt's line was not reached."""
+        for options in self.scenarios().values():
+            num_cache_tokens = options.pop("num_cache_tokens")
+            config = self.make_config(**options)
+            for line_number in itertools.count(1):
+                driver = self.make_driver(config, num_cache_tokens)
+                for name in "abcde":
+                    driver.add(make_request(name, 3))
+                driver.step()
+                interrupt = LineInterrupt(self.files(), line_number)
+                yield driver, interrupt
+                if not interrupt.has_fired:
+                    break
+
+    def _finish_all(self, driver: SchedulerDriver) -> None:
+        """Whoever was not aborted gets the tokens that it gets alone, and nothing is left."""
+        scheduler = driver.scheduler
+        requests = {*driver.requests, *scheduler.requests.values()}
+        for _ in range(MAX_STEPS):
+            step = scheduler.schedule()
+            scheduler.update(step, driver.cache.execute(step))
+            if not scheduler.has_unfinished_requests():
+                break
+        check_bookkeeping(scheduler)
+        assert not scheduler.has_unfinished_requests()
+        assert scheduler.kv_cache_manager.num_reserved_tokens == 0
+        for request in requests:
+            is_aborted = request.finish_reason is FinishReason.ABORT
+            expected = tokens_alone(request)[: request.num_output_tokens if is_aborted else None]
+            assert request.output_token_ids == expected
 
     def _run_scenario(self, driver: SchedulerDriver, interrupt: LineInterrupt) -> None:
         """Start, decode, fork, preempt, finish; one step of it is interrupted."""

@@ -23,15 +23,17 @@ class SchedulerDriver:
         self.scheduler = scheduler
         self.requests: list[Request] = []
         """All that were ever added."""
-        self._cache = cache
+        self.cache = cache
         self._count_tokens = count_tokens
         self._reported: dict[Request, list[int]] = {}
+        self._places: dict[Request, tuple[int, int]] = {}
         self._aborted: set[Request] = set()
 
     def add(self, request: Request) -> None:
         self.scheduler.add_request(request)
         self.requests.append(request)
         self._reported[request] = []
+        self._places[request] = request.place
 
     def abort(self, request: Request) -> None:
         if request.status is not RequestStatus.FINISHED:
@@ -55,7 +57,7 @@ class SchedulerDriver:
             with interrupt:
                 scheduled = scheduler.schedule()
             self._check_schedule(before, scheduled)
-            sampled = self._cache.execute(scheduled)
+            sampled = self.cache.execute(scheduled)
             while_it_runs()
             unfinished = [s.request for s in scheduled.scheduled if not _is_finished(s.request)]
             with interrupt:
@@ -63,13 +65,13 @@ class SchedulerDriver:
         except KeyboardInterrupt:
             scheduler.start_over(scheduled)
             check_bookkeeping(scheduler)
-            self._check_reported()
+            self._check_requests()
             self._empty_free_blocks()
             return False
         self._report(output, unfinished, scheduled, sampled.token_ids)
         self._check_stats(output, scheduled)
         check_bookkeeping(scheduler)
-        self._check_reported()
+        self._check_requests()
         self._empty_free_blocks()
         return True
 
@@ -145,9 +147,10 @@ class SchedulerDriver:
             reason = expected_finish_reason(request, token_id, len(self._reported[request]))
             assert token.finish_reason is request.finish_reason is reason
 
-    def _check_reported(self) -> None:
+    def _check_requests(self) -> None:
         for request, token_ids in self._reported.items():
             assert request.output_token_ids == token_ids, f"{request.request_id}: told otherwise"
+            assert request.place == self._places[request], f"{request.request_id} lost its place"
 
     def _check_stats(self, output: StepOutput, scheduled: Any) -> None:
         scheduler, stats = self.scheduler, output.stats
@@ -176,11 +179,11 @@ class SchedulerDriver:
     def _empty_free_blocks(self) -> None:
         manager = self.scheduler.kv_cache_manager
         if hasattr(manager, "pool"):
-            self._cache.forget(manager.pool.free_block_ids, manager.swap_pool.free_block_ids)
+            self.cache.forget(manager.pool.free_block_ids, manager.swap_pool.free_block_ids)
         elif hasattr(manager, "slots"):
-            self._cache.forget(manager.free_slots, ())
+            self.cache.forget(manager.free_slots, ())
         elif manager.owner is None:
-            self._cache.forget([0], ())
+            self.cache.forget([0], ())
 
 
 def _is_finished(request: Request) -> bool:
