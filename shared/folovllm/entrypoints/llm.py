@@ -90,15 +90,7 @@ class LLM:
         config = self._limit_model_len(config, was_given="max_model_len" in engine_options)
         with kv_cache_allocation():
             self.engine = self.engine_class(config, self.model)
-        policy = getattr(config, "scheduling_policy", "fcfs")
-        self._requests = RequestBuilder(
-            tokenizer=self.tokenizer,
-            vocab_size=self.model.config.vocab_size,
-            max_model_len=config.max_model_len,
-            eos_token_ids=self._eos_token_ids(),
-            seed=seed,
-            scheduling_policy=policy.value if isinstance(policy, Enum) else policy,
-        )
+        self._requests = self._make_request_builder(config, seed)
         self._shared = SharedEngine(self.engine, self._use_device)
 
     def generate(
@@ -220,6 +212,17 @@ class LLM:
         with ThroughputBar(len(states), is_shown=use_tqdm) as progress:
             self._shared.run(states, progress.update)
         return [state.output() for state in states]
+
+    def _make_request_builder(self, config: Any, seed: int) -> RequestBuilder:
+        policy = getattr(config, "scheduling_policy", "fcfs")
+        return RequestBuilder(
+            tokenizer=self.tokenizer,
+            vocab_size=self.model.config.vocab_size,
+            max_model_len=config.max_model_len,
+            eos_token_ids=self._eos_token_ids(),
+            seed=seed,
+            scheduling_policy=policy.value if isinstance(policy, Enum) else policy,
+        )
 
     def _use_device(self) -> None:
         """Make the model's device the current one of this thread, where Triton launches."""

@@ -63,22 +63,17 @@ def load_safetensors(model: CausalLM, directory: Path) -> None:
         else:
             target.copy_(tensor)
         missing.discard(name)
-    problems = []
-    if missing:
-        problems.append(f"missing: {', '.join(sorted(missing))}")
-    if unexpected:
-        problems.append(f"unexpected: {', '.join(sorted(unexpected))}")
-    if misshapen:
-        problems.append(f"wrong shape: {'; '.join(misshapen)}")
-    if quantised:
-        problems.append(
-            f"quantised, which this engine does not read: {', '.join(quantised)}; give a "
-            f"checkpoint in float32, bfloat16 or float16"
-        )
-    if problems:
+    problems = {
+        "missing": ", ".join(sorted(missing)),
+        "unexpected": ", ".join(unexpected),
+        "wrong shape": "; ".join(misshapen),
+        "quantised, where float32, bfloat16 or float16 belongs": ", ".join(quantised),
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {names}" for what, names in problems.items() if names)
         raise ValueError(
             f"the weights in {directory} do not fit its config.json "
-            f"({model.config.model_type}); " + "; ".join(problems)
+            f"({model.config.model_type}); {listed}"
         )
 
 
