@@ -81,7 +81,7 @@ def test_interrupt_at_any_line_costs_no_row() -> None:
         for names in ("cd", "ce"):
             d.request.status = RequestStatus.FINISHED
             scheduled = [c._replace(block_table=[6]), share(names[1], [7, 8])]
-            check_rows(tables, tables.assign(scheduled), scheduled)
+            check_rows(tables, rows_of(tables, scheduled), scheduled)
             scheduled[1].request.status = RequestStatus.FINISHED
         if not interrupt.has_fired:
             break
