@@ -1,6 +1,7 @@
 """Which requests run in the next step, and how many tokens of each."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class SchedulerOutput:
     """What one step computes; empty when there is nothing to do."""
 
     scheduled: tuple[ScheduledRequest, ...]
-    num_tokens: dict[Request, int] = field(default_factory=dict)
+    num_tokens: Sequence[int] = ()
     """Of every scheduled request, before the step."""
 
 
@@ -74,7 +75,7 @@ class Scheduler:
         if len(self.waiting) + len(self.running) != len(self.requests):
             self.start_over()  # Ctrl-C came where a request was in no queue
         scheduled = tuple(self._schedule_waiting() or self._schedule_running())
-        return SchedulerOutput(scheduled, {s.request: s.request.num_tokens for s in scheduled})
+        return SchedulerOutput(scheduled, [len(s.request.token_ids) for s in scheduled])
 
     def _schedule_waiting(self) -> list[ScheduledRequest]:
         scheduled: list[ScheduledRequest] = []
@@ -117,13 +118,13 @@ class Scheduler:
             strict=True,
         ):
             request = scheduled.request
-            if request.status is RequestStatus.FINISHED:
+            if request.finish_reason is not None:
                 continue  # aborted since the step was scheduled
             request.num_computed_tokens += scheduled.num_scheduled_tokens
             finish_reason = request.append_output_token(token_id)
             tokens.append(TokenOutput(request.request_id, token_id, finish_reason, logprobs))
         stats = self._stats(scheduler_output)
-        for request in [r for r in self.running if r.status is RequestStatus.FINISHED]:
+        for request in [r for r in self.running if r.finish_reason is not None]:
             del self.requests[request.request_id]
             self.kv_cache_manager.free(request)
             self.running.remove(request)
@@ -137,14 +138,19 @@ class Scheduler:
         """
         self.waiting, self.running = RequestQueue(), []
         self.kv_cache_manager.clear()
-        for request, num_tokens in broken_step.num_tokens.items() if broken_step else ():
-            if request.num_tokens > num_tokens:
-                request.take_back_output(num_tokens)
-                self.requests[request.request_id] = request
+        if broken_step is not None:
+            self._take_back(broken_step)
         for request in self.requests.values():
             request.status = RequestStatus.WAITING
             request.num_computed_tokens = 0
             self.waiting.push(request)
+
+    def _take_back(self, step: SchedulerOutput) -> None:
+        for scheduled, num_tokens in zip(step.scheduled, step.num_tokens, strict=True):
+            request = scheduled.request
+            if request.num_tokens > num_tokens:
+                request.take_back_output(num_tokens)
+                self.requests[request.request_id] = request
 
     def _stats(self, scheduler_output: SchedulerOutput) -> StepStats:
         scheduled = scheduler_output.scheduled

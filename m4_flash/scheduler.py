@@ -2,7 +2,7 @@
 
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from operator import attrgetter
 from typing import NamedTuple
@@ -32,7 +32,7 @@ class SchedulerOutput:
     block_copies: tuple[BlockCopy, ...]
     """To be performed in this order, before the forward pass"""
     num_preemptions: int = 0
-    num_tokens: dict[Request, int] = field(default_factory=dict)
+    num_tokens: Sequence[int] = ()
     """Of every scheduled request, before the step."""
 
 
@@ -95,7 +95,7 @@ class Scheduler:
         if not scheduled:
             scheduled = self._schedule_running(block_copies)
             num_preemptions = num_held - len(self.running)
-        num_tokens = {s.request: s.request.num_tokens for s in scheduled}
+        num_tokens = [len(s.request.token_ids) for s in scheduled]
         return SchedulerOutput(tuple(scheduled), tuple(block_copies), num_preemptions, num_tokens)
 
     def _resume_swapped(self, block_copies: list[BlockCopy]) -> None:
@@ -209,13 +209,13 @@ class Scheduler:
             strict=True,
         ):
             request = scheduled.request
-            if request.status is RequestStatus.FINISHED:
+            if request.finish_reason is not None:
                 continue  # aborted since the step was scheduled
             request.num_computed_tokens += scheduled.num_scheduled_tokens
             finish_reason = request.append_output_token(token_id)
             tokens.append(TokenOutput(request.request_id, token_id, finish_reason, logprobs))
         stats = self._stats(scheduler_output)
-        for request in [r for r in self.running if r.status is RequestStatus.FINISHED]:
+        for request in [r for r in self.running if r.finish_reason is not None]:
             del self.requests[request.request_id]
             self.kv_cache_manager.free(request)
             self.running.remove(request)
@@ -229,12 +229,17 @@ class Scheduler:
         """
         self.waiting, self.swapped, self.running = RequestQueue(), [], []
         self.kv_cache_manager.clear()
-        for request, num_tokens in broken_step.num_tokens.items() if broken_step else ():
+        if broken_step is not None:
+            self._take_back(broken_step)
+        for request in self.requests.values():
+            self._queue_again(request)
+
+    def _take_back(self, step: SchedulerOutput) -> None:
+        for scheduled, num_tokens in zip(step.scheduled, step.num_tokens, strict=True):
+            request = scheduled.request
             if request.num_tokens > num_tokens:
                 request.take_back_output(num_tokens)
                 self.requests[request.request_id] = request
-        for request in self.requests.values():
-            self._queue_again(request)
 
     def _stats(self, scheduler_output: SchedulerOutput) -> StepStats:
         scheduled = scheduler_output.scheduled

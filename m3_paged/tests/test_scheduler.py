@@ -44,10 +44,12 @@ def advance(scheduler: Scheduler) -> dict[str, int]:
 def finish(scheduler: Scheduler) -> list[str]:
     """Run to the end; return the requests in the order in which they finished."""
     names = []
-    while scheduler.has_unfinished_requests():
+    for _ in range(200):
+        if not scheduler.has_unfinished_requests():
+            return names
         tokens = record(scheduler, scheduler.schedule()).tokens
         names += [token.request_id for token in tokens if token.finish_reason is not None]
-    return names
+    raise AssertionError("no end after 200 steps")
 
 
 def swapped_scheduler(**options: object) -> tuple[Scheduler, list[int]]:

@@ -52,6 +52,10 @@ def test_spare_blocks_stay_free() -> None:
     manager, (request,) = make_manager(num_blocks=3), requests(1)
     assert manager.allocate_slots(request, 6, num_spare_blocks=2) is None
     assert manager.allocate_slots(request, 6, num_spare_blocks=1) == []
+    request.num_computed_tokens = 6
+    # The table has room for more, but now only one block is free.
+    assert manager.allocate_slots(request, 1, num_spare_blocks=2) is None
+    assert manager.allocate_slots(request, 1, num_spare_blocks=1) == []
 
 
 def test_fork_shares_blocks_and_copies_only_what_it_writes() -> None:
