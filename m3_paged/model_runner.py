@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from folovllm.interfaces import SamplerOutput
-from folovllm.memory import profile_kv_cache_bytes
+from folovllm.memory import largest_prompts, profile_kv_cache_bytes
 from folovllm.model.config import kv_bytes_per_token
 from folovllm.model.transformer import CausalLM
 from folovllm.request import Request, SamplingParams
@@ -139,34 +139,28 @@ class ModelRunner:
         self.attention = Attention(self.kv_cache, self.model.kernels)
 
     def _run_largest_step(self) -> None:
-        """Compute the prompts that fill a step: the longest, and as many as use its budget up."""
-        budget, max_model_len = self.config.max_num_batched_tokens, self.config.max_model_len
-        num_needed = -(-budget // max_model_len)
-        for prompt_len in {max_model_len, budget // num_needed}:
-            self._run_prompts(min(budget // prompt_len, self.config.max_num_seqs), prompt_len)
-        run_largest_sampling(self.sampler, self.config.max_num_seqs, self.model.dtype)
-
-    def _run_prompts(self, num_requests: int, prompt_len: int) -> None:
-        """One step of prompts in a cache of their number."""
-        num_blocks = -(-self.config.max_model_len // self.config.block_size)
-        block_bytes = self.config.block_size * kv_bytes_per_token(
-            self.model.config, self.model.dtype
-        )
-        self._use_cache(num_requests * num_blocks * block_bytes)
-        params = SamplingParams(max_tokens=1, temperature=0.0)
-        scheduled = tuple(
-            ScheduledRequest(
-                Request(
-                    request_id=f"profile-{index}",
-                    prompt_token_ids=[0] * prompt_len,
-                    sampling_params=params,
-                ),
-                prompt_len,
-                tuple(range(index * num_blocks, (index + 1) * num_blocks)),
+        """Compute the prompts that fill a step, in a cache of their size, and sample."""
+        for num_requests, prompt_len in largest_prompts(self.config):
+            num_blocks = -(-self.config.max_model_len // self.config.block_size)
+            block_bytes = self.config.block_size * kv_bytes_per_token(
+                self.model.config, self.model.dtype
             )
-            for index in range(num_requests)
-        )
-        self.execute(SchedulerOutput(scheduled=scheduled, block_copies=()))
+            self._use_cache(num_requests * num_blocks * block_bytes)
+            params = SamplingParams(max_tokens=1, temperature=0.0)
+            scheduled = tuple(
+                ScheduledRequest(
+                    Request(
+                        request_id=f"profile-{index}",
+                        prompt_token_ids=[0] * prompt_len,
+                        sampling_params=params,
+                    ),
+                    prompt_len,
+                    tuple(range(index * num_blocks, (index + 1) * num_blocks)),
+                )
+                for index in range(num_requests)
+            )
+            self.execute(SchedulerOutput(scheduled=scheduled, block_copies=()))
+        run_largest_sampling(self.sampler, self.config.max_num_seqs, self.model.dtype)
 
 
 def pad_block_tables(scheduled: tuple[ScheduledRequest, ...]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -38,6 +39,30 @@ def profile_kv_cache_bytes(
             f"max_num_batched_tokens or max_model_len"
         )
     return left
+
+
+class StepLimits(Protocol):
+    """What a stage's EngineConfig says about the size of a step."""
+
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+
+
+def largest_prompts(limits: StepLimits) -> set[tuple[int, int]]:
+    """(requests, tokens of each) of steps that fill the budget: the longest prompts, or all of it.
+
+    With a budget of 8,192 and prompts of up to 5,000 tokens: 1 of 5,000, 2 of 4,096.
+    """
+    budget = limits.max_num_batched_tokens
+    num_needed = -(-budget // limits.max_model_len)
+    return {
+        (min(budget // prompt_len, limits.max_num_seqs), prompt_len)
+        for prompt_len in (limits.max_model_len, budget // num_needed)
+    }
 
 
 @contextmanager

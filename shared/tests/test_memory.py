@@ -1,9 +1,11 @@
 """The KV cache's share of the memory, with a CUDA device that only has numbers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from folovllm.memory import profile_kv_cache_bytes
+from folovllm.memory import largest_prompts, profile_kv_cache_bytes
 
 CUDA = torch.device("cuda")
 
@@ -59,3 +61,22 @@ def test_largest_sampling_runs_the_rules_that_take_memory() -> None:
     assert seen["rules"].all_candidates is not None
     assert seen["rules"].repetition is not None
     assert seen["rules"].logprobs is not None
+
+
+@pytest.mark.parametrize(
+    ("budget", "max_model_len", "max_num_seqs", "expected"),
+    [
+        (8192, 5000, 256, {(1, 5000), (2, 4096)}),
+        (8192, 2048, 256, {(4, 2048)}),
+        (8192, 8192, 256, {(1, 8192)}),
+        (100, 64, 256, {(1, 64), (2, 50)}),
+        (8192, 16, 256, {(256, 16)}),
+        (8192, 5000, 1, {(1, 5000), (1, 4096)}),
+    ],
+)
+def test_largest_prompts_use_the_budget_up(budget, max_model_len, max_num_seqs, expected) -> None:
+    """A step of 8,192 tokens can come though no prompt is longer than 5,000."""
+    limits = SimpleNamespace(
+        max_num_batched_tokens=budget, max_model_len=max_model_len, max_num_seqs=max_num_seqs
+    )
+    assert largest_prompts(limits) == expected
