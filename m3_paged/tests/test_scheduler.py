@@ -43,7 +43,7 @@ def advance(scheduler: Scheduler) -> dict[str, int]:
 
 def finish(scheduler: Scheduler) -> list[str]:
     """Run to the end; return the requests in the order in which they finished."""
-    names = []
+    names: list[str] = []
     for _ in range(200):
         if not scheduler.has_unfinished_requests():
             return names
