@@ -199,9 +199,10 @@ class SchedulerContract:
                     break
 
     def _finish_all(self, driver: SchedulerDriver) -> None:
-        """Whoever was not aborted gets the tokens that it gets alone, and nothing is left."""
+        """Who is aborted gets no more, everybody else what it gets alone, and nothing is left."""
         scheduler = driver.scheduler
         requests = {*driver.requests, *scheduler.requests.values()}
+        aborted = {r: r.num_output_tokens for r in requests if r.finish_reason is not None}
         for _ in range(MAX_STEPS):
             step = scheduler.schedule()
             scheduler.update(step, driver.cache.execute(step))
@@ -211,9 +212,8 @@ class SchedulerContract:
         assert not scheduler.has_unfinished_requests()
         assert scheduler.kv_cache_manager.num_reserved_tokens == 0
         for request in requests:
-            is_aborted = request.finish_reason is FinishReason.ABORT
-            expected = tokens_alone(request)[: request.num_output_tokens if is_aborted else None]
-            assert request.output_token_ids == expected
+            num_tokens = aborted.get(request)  # None: all of them
+            assert request.output_token_ids == tokens_alone(request)[:num_tokens]
 
     def _run_scenario(self, driver: SchedulerDriver, interrupt: LineInterrupt) -> None:
         """Start, decode, fork, preempt, finish; one step of it is interrupted."""
