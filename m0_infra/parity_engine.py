@@ -7,7 +7,8 @@ import torch
 
 from folovllm.interfaces import Engine
 from folovllm.request import Request, SamplingParams
-from folovllm.testing.forced_sampler import ForcedTokens
+from folovllm.sampling.sampler import SampledTokens
+from folovllm.testing.forced_sampler import forced_tokens
 
 from .parity_reference import Reference
 
@@ -35,7 +36,7 @@ class ForcedSampler:
         """Which output position of which request each row is for."""
         return [(request.request_id, request.num_output_tokens) for request in requests]
 
-    def sample(self, logits: torch.Tensor, rows: list[tuple[str, int]]) -> ForcedTokens:
+    def sample(self, logits: torch.Tensor, rows: list[tuple[str, int]]) -> SampledTokens:
         """logits: [num_rows, vocab_size]. Records one difference per row (NaN counts as inf).
 
         A request that goes on after the reference's end gets the last token again and is not
@@ -51,7 +52,8 @@ class ForcedSampler:
         for row, known_row, value in zip(rows, known, values, strict=True):
             if row == known_row:
                 self.max_differences[row] = max(value, self.max_differences.get(row, 0.0))
-        return ForcedTokens([self.references[name].output_token_ids[i] for name, i in known])
+        chosen = [self.references[name].output_token_ids[i] for name, i in known]
+        return forced_tokens(chosen, logits.device)
 
 
 def make_requests(

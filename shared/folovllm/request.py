@@ -131,6 +131,12 @@ class SamplingParams:
         )
 
     @property
+    def needs_output_on_host(self) -> bool:
+        """Whether a token cannot be sampled before the ids of those before it are known."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0)
+        return any(penalties)
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         assert isinstance(self.stop, tuple)
         return self.stop
@@ -162,9 +168,11 @@ class Request:
     """Seconds, on the clock of whoever made the request."""
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
+    """Output tokens that a launched step will bring and whose ids the host does not know yet."""
     finish_reason: FinishReason | None = None
     token_ids: list[int] = field(init=False)
-    """Prompt and output, in order."""
+    """Prompt and output, in order, as far as the host knows them."""
     num_prompt_tokens: int = field(init=False)
     max_tokens: int = field(init=False)
     stop_token_ids: frozenset[int] = field(init=False)
@@ -189,11 +197,11 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) + self.num_pending_tokens
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -202,13 +210,15 @@ class Request:
     def append_output_token(self, token_id: int) -> FinishReason | None:
         """Record a sampled token; return the reason if it was the last one.
 
-        Sets `status` and `finish_reason` when it was.
+        Sets `status` and `finish_reason` when it was. A pending token is this one now.
         """
         self.token_ids.append(token_id)
+        self.num_pending_tokens = max(self.num_pending_tokens - 1, 0)
+        num_output_tokens = len(self.token_ids) - self.num_prompt_tokens
         min_tokens = self.sampling_params.min_tokens
-        if token_id in self.stop_token_ids and self.num_output_tokens > min_tokens:
+        if token_id in self.stop_token_ids and num_output_tokens > min_tokens:
             self.finish(FinishReason.STOP)
-        elif self.num_output_tokens >= self.max_tokens:
+        elif num_output_tokens >= self.max_tokens:
             self.finish(FinishReason.LENGTH)
         return self.finish_reason
 

@@ -1,7 +1,7 @@
 """Moving a step's small host arrays to the device in one copy."""
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from typing import Any
 
 import numpy as np
@@ -43,29 +43,38 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Ten
 
 
 class PinnedColumns:
-    """Named by position: arrays of fixed length in pinned host memory, and their twins."""
+    """Named by position: arrays of fixed length in pinned host memory, and their twins.
+
+    There are two sets on the host, written in turns, so that the next step can be filled in while
+    the copy of the one before is still queued.
+    """
 
     def __init__(self, lengths: Sequence[int], dtypes: Sequence[Any], device: torch.device) -> None:
         sizes = [n * np.dtype(dtype).itemsize for n, dtype in zip(lengths, dtypes, strict=True)]
         *offsets, end = aligned_offsets(sizes)
-        self._pinned = torch.zeros(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._twin = torch.zeros(end, dtype=torch.uint8, device=device)
-        self.host: list[np.ndarray] = []
-        self.device: list[torch.Tensor] = []
-        for offset, size, dtype in zip(offsets, sizes, dtypes, strict=True):
-            window = slice(offset, offset + size)
-            self.host.append(self._pinned.numpy()[window].view(dtype))
-            torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-            self.device.append(self._twin[window].view(torch_dtype))
+        is_pinned = device.type == "cuda"
+        self._pinned = [torch.zeros(end, dtype=torch.uint8, pin_memory=is_pinned) for _ in range(2)]
+        self._turns = cycle(range(2))
+        windows = [slice(o, o + size) for o, size in zip(offsets, sizes, strict=True)]
+        self._host = [
+            [pinned.numpy()[w].view(dtype) for w, dtype in zip(windows, dtypes, strict=True)]
+            for pinned in self._pinned
+        ]
+        self.device: list[torch.Tensor] = [
+            self._twin[w].view(torch.from_numpy(np.empty(0, dtype)).dtype)
+            for w, dtype in zip(windows, dtypes, strict=True)
+        ]
 
     def upload(self, columns: Iterable[np.ndarray], paddings: Iterable[int]) -> None:
         """Fill the front with `columns` and the rest with `paddings`, in one copy.
 
-        What there is no column for is left out. The copy before must be done: an engine waits for
-        every step's tokens, so it is.
+        What there is no column for is left out. The copy before the last must be done: an engine
+        waits for the tokens of a step before it launches the one after the next, so it is.
         """
-        for target, values, padding in zip(self.host, columns, paddings, strict=False):
+        turn = next(self._turns)
+        for target, values, padding in zip(self._host[turn], columns, paddings, strict=False):
             target[: len(values)] = values
             if len(values) < len(target):
                 target[len(values) :] = padding
-        self._twin.copy_(self._pinned, non_blocking=True)
+        self._twin.copy_(self._pinned[turn], non_blocking=True)

@@ -42,20 +42,57 @@ class SampledTokens:
         return self.choices[0]
 
     def to_host(self) -> SamplerOutput:
-        """Wait for the device and fetch everything in one transfer.
+        """Wait for the device and fetch everything in one transfer; see `TokensOnTheWay.wait`."""
+        return self.send_to_host().wait()
 
-        RuntimeError, naming the rows, if a row had NaN logits or no token above -inf.
+    def send_to_host(self, num_rows: int | None = None) -> "TokensOnTheWay":
+        """Queue the transfer behind what the device has to do, and return at once.
+
+        num_rows: how many rows count, where those behind them are padding.
         """
-        num_rows = self.choices.shape[1]
         if self.logprobs is None:
-            token_ids, is_valid = self.choices.tolist()
-            logprobs: list[TokenLogprobs | None] = [None] * num_rows
+            fetched = self.choices
         else:
             # float64 holds every id, rank and float32 exactly.
             parts = (self.choices.to(torch.float64).flatten(), self.logprobs.values.flatten())
-            fetched = torch.cat(parts).cpu().numpy()
-            token_ids, is_valid = fetched[: 2 * num_rows].astype(np.int64).reshape(2, -1).tolist()
-            logprobs = self.logprobs.unpack(fetched[2 * num_rows :])
+            fetched = torch.cat(parts)
+        copied = None
+        if fetched.device.type == "cuda":
+            # torch does not hand this memory to anybody else before the copy is done.
+            pinned = torch.empty(fetched.shape, dtype=fetched.dtype, pin_memory=True)
+            pinned.copy_(fetched, non_blocking=True)
+            fetched, copied = pinned, torch.cuda.Event()
+            copied.record()
+        num_rows = self.choices.shape[1] if num_rows is None else num_rows
+        return TokensOnTheWay(fetched, num_rows, self.logprobs, copied)
+
+
+@dataclass(frozen=True)
+class TokensOnTheWay:
+    """The choices of one step on their way to the host."""
+
+    fetched: torch.Tensor
+    """On the host once `copied` has happened: the choices, or with log-probabilities both, flat."""
+    num_rows: int
+    logprobs: Logprobs | None
+    copied: torch.cuda.Event | None
+    """None where there is nothing to wait for."""
+
+    def wait(self) -> SamplerOutput:
+        """The tokens, once they are here.
+
+        RuntimeError, naming the rows, if a row had NaN logits or no token above -inf.
+        """
+        if self.copied is not None:
+            self.copied.synchronize()
+        num_rows = self.num_rows
+        if self.logprobs is None:
+            token_ids, is_valid = self.fetched[:, :num_rows].tolist()
+            logprobs: list[TokenLogprobs | None] = [None] * num_rows
+        else:
+            flat = self.fetched.numpy()
+            token_ids, is_valid = flat[: 2 * num_rows].astype(np.int64).reshape(2, -1).tolist()
+            logprobs = self.logprobs.unpack(flat[2 * num_rows :])
         if not all(is_valid):
             rows = [row for row, valid in enumerate(is_valid) if not valid]
             raise RuntimeError(

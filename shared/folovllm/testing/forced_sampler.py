@@ -1,22 +1,17 @@
 """A sampler that returns given tokens and keeps the logits, for teacher-forced comparisons."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from ..interfaces import SamplerOutput
 from ..request import Request
+from ..sampling.sampler import SampledTokens
 
 
-@dataclass(frozen=True)
-class ForcedTokens:
-    """Plays the part of SampledTokens."""
-
-    token_ids: list[int]
-
-    def to_host(self) -> SamplerOutput:
-        return SamplerOutput(token_ids=self.token_ids, logprobs=[None] * len(self.token_ids))
+def forced_tokens(token_ids: Sequence[int], device: torch.device) -> SampledTokens:
+    """What a sampler returns that was told its choices."""
+    ids = torch.tensor(list(token_ids), dtype=torch.int64, device=device)
+    return SampledTokens(torch.stack((ids, torch.ones_like(ids))), logprobs=None)
 
 
 class ForcedSampler:
@@ -41,13 +36,13 @@ class ForcedSampler:
     def prepare(self, requests: Sequence[Request]) -> Sequence[Request]:
         return requests
 
-    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> ForcedTokens:
+    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> SampledTokens:
         """logits: [num_requests, vocab_size]."""
         chosen = []
         for request, row in zip(requests, logits.float().cpu(), strict=True):
             self.recorded[request.request_id].append(row)
             chosen.append(self.token_ids[request.request_id][request.num_output_tokens])
-        return ForcedTokens(chosen)
+        return forced_tokens(chosen, logits.device)
 
     def logits_of(self, request_id: str) -> torch.Tensor:
         """[num_output_tokens, vocab_size] float32 on the CPU."""

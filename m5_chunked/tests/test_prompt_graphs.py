@@ -1,0 +1,117 @@
+"""Prompts that are alone in their step, replayed from a graph.
+
+Every test runs on a CPU too, with graphs that run the recorded step again (fake_graphs).
+"""
+
+import pytest
+import torch
+
+from folovllm.request import SamplingParams
+from folovllm.testing.driver import drain, make_requests, random_prompts
+from m5_chunked.tests.graphed_engines import (
+    RULES,
+    Replays,
+    check_changes,
+    cuda_model,
+    eager_engine,
+    greedy,
+    make_engine,
+    model,
+    prompts_of,
+    serve,
+    tempered,
+    toy_directory,
+)
+
+__all__ = ["cuda_model", "model", "toy_directory"]
+
+
+PROMPT_LENS = [2, 3, 5, 17, 63, 64, 65, 127, 128, 129, 150, 180]
+
+
+def test_prompts_alone_give_the_tokens_of_eager_steps(model, monkeypatch) -> None:
+    """From long to short and back: rows behind a short prompt held tokens of a long one."""
+    options = {"max_model_len": 190, "num_blocks": 50}
+    graphed, eager = make_engine(model, **options), eager_engine(model, **options)
+    replays = Replays(graphed, monkeypatch)
+    for num_tokens in PROMPT_LENS[::-1] + PROMPT_LENS:
+        prompt = random_prompts(
+            seed=num_tokens, count=1, vocab_size=199, min_len=num_tokens, max_len=num_tokens
+        )
+        for params in (greedy(3), tempered(3)):
+            assert serve(graphed, prompt, params) == serve(eager, prompt, params)
+    expected = {
+        (min(length for length in (64, 128, 190) if length >= num_tokens), num_tokens)
+        for num_tokens in PROMPT_LENS
+    }
+    assert set(replays.prompts) == expected
+    assert len(replays.prompts) == 4 * len(PROMPT_LENS)
+
+
+@pytest.mark.parametrize("max_len", [0, 1, 2, 40, 10000])
+def test_prompt_that_no_graph_holds_is_launched_kernel_by_kernel(
+    model, monkeypatch, max_len
+) -> None:
+    graphed, eager = make_engine(model, max_graph_prompt_len=max_len), eager_engine(model)
+    replays = Replays(graphed, monkeypatch)
+    for num_tokens in (1, 2, 3, 40, 41):
+        prompt = [list(range(7, 7 + num_tokens))]
+        assert serve(graphed, prompt, greedy(4)) == serve(eager, prompt, greedy(4))
+    expected = {0: [], 1: [], 2: [2], 40: [2, 3, 40], 10000: [2, 3, 40, 41]}[max_len]
+    assert [num_tokens for _, num_tokens in replays.prompts] == expected
+
+
+def test_prompts_that_start_together_are_not_replayed(model, monkeypatch) -> None:
+    graphed, eager = make_engine(model), eager_engine(model)
+    replays = Replays(graphed, monkeypatch)
+    prompts, params = prompts_of(4), [greedy(9)] * 4
+    later = {2: [2, 3]}
+    assert serve(graphed, prompts, params, later) == serve(eager, prompts, params, later)
+    assert replays.prompts == []
+
+
+def test_prompt_between_decode_steps_gives_the_tokens_of_eager_steps(model, monkeypatch) -> None:
+    """One graph after the other, over the same logits and the same tables."""
+    graphed, eager = make_engine(model), eager_engine(model)
+    replays = Replays(graphed, monkeypatch)
+    prompts = prompts_of(8, max_len=30)
+    params = [greedy(20), tempered(25)] * 4
+    later = {2 * index: [index] for index in range(1, 8)}
+    assert serve(graphed, prompts, params, later) == serve(eager, prompts, params, later)
+    assert len(replays.prompts) == 8
+    assert {size for size, _ in replays.decodes} == {1, 2, 4, 8}
+
+
+def test_replayed_prompt_changes_no_slot_but_its_own(model, monkeypatch) -> None:
+    engine = make_engine(model, num_blocks=80)
+    replays = Replays(engine, monkeypatch)
+    runner, block_size = engine.model_runner, engine.config.block_size
+    (bystander,) = make_requests([[1, 2, 3]], greedy(50), ids=["bystander"])
+    engine.add_request(bystander)
+    for _ in range(3):
+        engine.step()
+    for num_tokens in (40, 64 - 1, 3, 2, 17, 8):
+        (request,) = make_requests([[9] * num_tokens], greedy(1))
+        engine.add_request(request)
+        # Fresh values, or who writes the same again would not be noticed.
+        free = list(engine.kv_cache_manager.pool.free_block_ids)
+        runner.kv_cache.kv[:, :, free] = torch.randn_like(runner.kv_cache.kv[:, :, free])
+        before = runner.kv_cache.kv.clone()
+        scheduled = engine.scheduler.schedule()
+        table = engine.kv_cache_manager.block_tables[request.request_id]
+        slots = {table[i // block_size] * block_size + i % block_size for i in range(num_tokens)}
+        engine.scheduler.update(scheduled, runner.execute(scheduled))
+        check_changes(runner.kv_cache.kv, before, slots)
+    assert len(replays.prompts) == 7
+    drain(engine, [])
+    alone = serve(eager_engine(model), [[1, 2, 3]], greedy(50))
+    assert [bystander.output_token_ids] == alone
+
+
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: "-".join(rules))
+def test_prompt_of_a_request_with_rules_gives_the_token_of_an_eager_step(model, rules) -> None:
+    params = SamplingParams(max_tokens=6, ignore_eos=True, **rules)
+    graphed, eager = make_engine(model), eager_engine(model)
+    for prompt in prompts_of(3, max_len=50):
+        assert serve(graphed, [prompt], params) == serve(eager, [prompt], params)
+        assert serve(graphed, [prompt], greedy(2)) == serve(eager, [prompt], greedy(2))
