@@ -10,6 +10,7 @@ from . import style
 from .bars import latency, memory, throughput
 from .block_map import block_map, has_block_map
 from .cdf import latency_cdf
+from .gaps import has_gaps, token_gaps
 from .timeline import has_steps, timeline
 
 Chart = Callable[[Sequence[Result]], Figure]
@@ -24,14 +25,16 @@ ALWAYS: dict[str, Chart] = {
 def draw_all(results: Sequence[Result], folder: Path) -> list[Path]:
     """Draw every chart of one device and workload into `folder` as PNG; returns the files.
 
-    `results` are in ladder order; the timeline needs at least one with steps. Every stage whose
-    cache is cut into blocks gets a block map of its own.
+    `results` are in ladder order; the timeline needs at least one with steps, the token gaps one
+    with late requests. Every stage whose cache is cut into blocks gets a block map of its own.
     """
     if not results:
         raise ValueError("no results to draw; run `python -m compare run` first")
     charts = dict(ALWAYS)
     if any(has_steps(result) for result in results):
         charts["timeline"] = timeline
+    if any(has_gaps(result) for result in results):
+        charts["token-gaps"] = token_gaps
     figures = {name: chart(results) for name, chart in charts.items()}
     for result in filter(has_block_map, results):
         figures[f"block-map-{result['stage']}"] = block_map(result)

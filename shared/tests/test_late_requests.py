@@ -22,31 +22,33 @@ def test_requests_are_late_only_where_most_others_came_together_before(spec, lat
     assert late_indices([request.arrival_s for request in requests]) == late
 
 
-def test_gaps_count_as_beside_the_late_prompt_from_its_arrival_to_its_first_token():
+def test_gaps_count_as_beside_the_late_prompt_from_its_first_step_to_its_first_token():
     decoders = [
         RequestTimes(0.0, (1.0, 2.0, 6.0, 7.0, 7.5)),
         RequestTimes(0.0, (1.0, 2.0)),  # done before
     ]
-    section = late_section([*decoders, RequestTimes(3.0, (6.0, 7.0))])
-    # The gap from 2 to 6 holds the arrival at 3; the one from 6 begins when the wait is over.
+    late = RequestTimes(1.5, (6.0, 7.0))
+    section = late_section([*decoders, late], [0.0, 1.0, 2.0, 6.0, 7.0])
+    # It arrives in the step from 1 to 2 and is computed in the one from 2 to 6.
     assert section["decoder_itl_beside_late_s"] == {
         "p50": 4.0, "p90": 4.0, "p99": 4.0, "mean": 4.0, "max": 4.0,
     }  # fmt: skip
     whole = section["decoder_itl_s"]
     assert whole["p50"] == 1.0 and whole["max"] == 4.0
     assert whole["p99"] == pytest.approx(1 + 0.96 * 3)  # index 3.96 of 0.5 1 1 1 4
-    assert section["late_ttft_s"]["p50"] == section["late_ttft_s"]["max"] == 3.0
+    assert section["late_ttft_s"]["p50"] == section["late_ttft_s"]["max"] == 4.5
 
 
-def test_gap_that_ends_before_the_arrival_is_not_beside_the_late_prompt():
-    decoders = [RequestTimes(0.0, (1.0, 2.0, 3.5)), RequestTimes(0.0, (1.0, 2.0, 3.5))]
-    section = late_section([*decoders, RequestTimes(2.0, (3.5,))])
-    assert section["decoder_itl_beside_late_s"]["p50"] == 1.5
+def test_prompt_that_arrives_between_two_steps_is_beside_the_gap_that_began_before_it():
+    decoders = [RequestTimes(0.0, (1.0, 2.0, 4.5)), RequestTimes(0.0, (1.0, 2.0, 4.5))]
+    late = RequestTimes(2.001, (3.5,))
+    section = late_section([*decoders, late], [0.0, 1.0, 2.002, 3.5])
+    assert section["decoder_itl_beside_late_s"]["p50"] == 2.5
 
 
 def test_late_prompt_beside_nobody_has_a_ttft_and_no_gaps():
     decoders = [RequestTimes(0.0, (1.0, 2.0)), RequestTimes(0.0, (1.0, 2.0))]
-    section = late_section([*decoders, RequestTimes(5.0, (9.0,))])
+    section = late_section([*decoders, RequestTimes(5.0, (9.0,))], [0.0, 1.0, 5.0])
     assert section["late_ttft_s"]["max"] == 4.0
     assert section["decoder_itl_beside_late_s"] == dict.fromkeys(
         ("p50", "p90", "p99", "mean", "max")
@@ -54,7 +56,8 @@ def test_late_prompt_beside_nobody_has_a_ttft_and_no_gaps():
 
 
 def test_workload_without_late_requests_has_none_of_these_numbers():
-    section = late_section([RequestTimes(0.0, (1.0, 2.0)), RequestTimes(0.0, (1.0, 3.0))])
+    together = [RequestTimes(0.0, (1.0, 2.0)), RequestTimes(0.0, (1.0, 3.0))]
+    section = late_section(together, [0.0, 1.0, 2.0])
     assert section == {
         "late_ttft_s": None, "decoder_itl_s": None, "decoder_itl_beside_late_s": None,
     }  # fmt: skip

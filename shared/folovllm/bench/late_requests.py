@@ -1,5 +1,6 @@
 """What a request that arrives while others decode costs them, and how long it waits itself."""
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -23,18 +24,23 @@ def late_indices(arrivals_s: Sequence[float]) -> list[int]:
     return late if 2 * len(late) < len(arrivals_s) else []
 
 
-def late_section(requests: Sequence[RequestTimes]) -> dict[str, dict[str, float | None] | None]:
+def late_section(
+    requests: Sequence[RequestTimes], step_starts_s: Sequence[float]
+) -> dict[str, dict[str, float | None] | None]:
     """TTFT of the late requests, and the token gaps (ITL) of the decoders; None without late ones.
 
     late_ttft_s: over late requests. decoder_itl_s: over all gaps of all decoders.
-    decoder_itl_beside_late_s: over those gaps of them that a late request falls into, from its
-    arrival to its first token; its numbers are None if nobody was decoding then.
+    decoder_itl_beside_late_s: over their gaps while a late prompt is computed, which is from the
+    first step that starts after its arrival to its first token. The numbers are None if nobody
+    was decoding then. `step_starts_s` are in ascending order.
     """
     late = late_indices([request.arrival_s for request in requests])
     if not late:
         names = ("late_ttft_s", "decoder_itl_s", "decoder_itl_beside_late_s")
         return dict.fromkeys(names)
-    windows = [(requests[i].arrival_s, requests[i].token_times_s[0]) for i in late]
+    # The step that was running when it arrived knows nothing of it.
+    starts = [step_starts_s[bisect_left(step_starts_s, requests[i].arrival_s)] for i in late]
+    windows = [(start, requests[i].token_times_s[0]) for start, i in zip(starts, late, strict=True)]
     gaps = [
         (before, after)
         for index, request in enumerate(requests)

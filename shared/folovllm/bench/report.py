@@ -49,7 +49,7 @@ def speed_section(record: RunRecord, workload: Workload) -> dict[str, Any]:
         "duration_s": record.duration_s,
         **rates,
         **latency_summary(times),
-        **late_section(times),
+        **late_section(times, record.starts_s),
     }
 
 
