@@ -51,7 +51,8 @@ class SampledTokens:
         num_rows: how many rows count, where those behind them are padding.
         """
         if self.logprobs is None:
-            fetched = self.choices
+            # A copy also where the device is the host: a replayed graph writes its own anew.
+            fetched = self.choices.clone() if self.choices.device.type == "cpu" else self.choices
         else:
             # float64 holds every id, rank and float32 exactly.
             parts = (self.choices.to(torch.float64).flatten(), self.logprobs.values.flatten())
