@@ -16,7 +16,14 @@ from .import_graph import (
 from .stages import is_stage_name, stage_files
 
 HOST_FILES = frozenset(
-    {"config.py", "scheduler.py", "kv_cache_manager.py", "block_pool.py", "prefix_cache.py"}
+    {
+        "config.py",
+        "scheduler.py",
+        "kv_cache_manager.py",
+        "block_pool.py",
+        "prefix_cache.py",
+        "chunk_policy.py",
+    }
 )
 """Host bookkeeping: no torch, so that it is tested on any machine in milliseconds."""
 ROOM_LEVELS = (

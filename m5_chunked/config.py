@@ -20,6 +20,13 @@ class PreemptionMode(Enum):
     SWAP = "swap"
 
 
+class ChunkPolicy(Enum):
+    """What limits the tokens of a prompt in one step, beside max_num_batched_tokens."""
+
+    FIXED = "fixed"
+    DYNAMIC = "dynamic"
+
+
 class AttentionBackend(Enum):
     """Who computes attention."""
 
@@ -46,6 +53,11 @@ class EngineConfig:
     """Most requests running at once."""
     max_num_batched_tokens: int = 2048
     """Most tokens in one step; longer prompts are computed in chunks beside everybody's decodes."""
+    chunk_policy: ChunkPolicy = ChunkPolicy.FIXED
+    """dynamic sizes chunks so that a step takes at most target_step_ms, by what steps of several
+    kinds took at start-up."""
+    target_step_ms: float | None = None
+    """Goal of chunk_policy dynamic, in milliseconds."""
     max_chunk_tokens: int | None = None
     """Most tokens of one prompt in one step; None: as many as the step has room for."""
     async_scheduling: bool = True
@@ -88,6 +100,15 @@ class EngineConfig:
             raise ValueError(f"swap_cache_tokens must be at least 0, got {self.swap_cache_tokens}")
         if self.max_graph_size < 1:
             raise ValueError(f"max_graph_size must be at least 1, got {self.max_graph_size}")
+        is_dynamic = self.chunk_policy is ChunkPolicy.DYNAMIC
+        if is_dynamic != (self.target_step_ms is not None):
+            raise ValueError(
+                f"chunk_policy {self.chunk_policy.value} with target_step_ms "
+                f"{self.target_step_ms}: dynamic chunks need a goal, and fixed ones follow none; "
+                f"set both or neither"
+            )
+        if self.target_step_ms is not None and self.target_step_ms <= 0:
+            raise ValueError(f"target_step_ms must be above 0, got {self.target_step_ms}")
         if self.max_graph_tokens < 0:
             raise ValueError(f"max_graph_tokens must be at least 0, got {self.max_graph_tokens}")
         if self.max_chunk_tokens is not None and self.max_chunk_tokens < 1:

@@ -5,10 +5,12 @@ from folovllm.model.transformer import CausalLM
 from folovllm.request import Request
 
 from .async_step import StepPipeline
+from .chunk_policy import ChunkSizes, FixedChunks, TimedChunks
 from .config import EngineConfig
 from .kv_cache_manager import KVCacheManager
 from .model_runner import ModelRunner
 from .scheduler import Scheduler
+from .step_costs import measure_step_cost
 
 
 class LLMEngine:
@@ -19,7 +21,7 @@ class LLMEngine:
         self._check_context(model)
         self.model_runner = ModelRunner(config, model)
         self.kv_cache_manager = KVCacheManager(config, self.model_runner.kv_cache.num_tokens)
-        self.scheduler = Scheduler(config, self.kv_cache_manager)
+        self.scheduler = Scheduler(config, self.kv_cache_manager, self._chunk_sizes())
         num_ahead = 1 if config.async_scheduling else 0
         self.pipeline = StepPipeline(self.scheduler, self.model_runner, num_ahead)
 
@@ -53,6 +55,12 @@ class LLMEngine:
         except BaseException:
             self.pipeline.start_over()
             raise
+
+    def _chunk_sizes(self) -> ChunkSizes:
+        if self.config.target_step_ms is None:
+            return FixedChunks(self.config.max_chunk_tokens)
+        cost, target_s = measure_step_cost(self.model_runner), self.config.target_step_ms / 1000
+        return TimedChunks(cost, target_s, self.config.max_chunk_tokens)
 
     def _check_context(self, model: CausalLM) -> None:
         limit = model.config.max_context_len

@@ -23,7 +23,8 @@ class InputBatch(NamedTuple, Generic[ArrayT]):
     """
 
     input_ids: ArrayT
-    """[num_tokens] int64; -1 - row stands for the last token sampled for that row of BlockTables"""
+    """[num_tokens] int64; row - number of rows of BlockTables, which is below 0, stands for the token
+    that was sampled last for that row and that the host does not know yet"""
     positions: ArrayT
     """[num_tokens] int64, each token's index in its own sequence"""
     slot_mapping: ArrayT
@@ -71,7 +72,7 @@ def gather_batch(
         start, end = request.num_computed_tokens, request.num_computed_tokens + num_scheduled_tokens
         token_ids += request.token_ids[start:end]
         if end > len(request.token_ids):
-            token_ids.append(-1 - row)
+            token_ids.append(row - len(block_tables.host))
     if len(token_ids) == len(scheduled):  # single tokens, the short way
         cu_seqlens_q = np.arange(len(scheduled) + 1, dtype=np.int32)
         positions, block_ids, offsets = starts, last_block_ids, starts % block_size

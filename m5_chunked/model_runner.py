@@ -93,9 +93,7 @@ class ModelRunner:
             max_seq_len=batch.max_seq_len,
         )
         attend = partial(self.attention.forward, metadata)
-        ids = batch.input_ids
-        last_tokens = self.last_tokens.index_select(0, (-1 - ids).clamp_(min=0))
-        hidden = self.model(torch.where(ids < 0, last_tokens, ids), batch.positions, attend)
+        hidden = self.model(self.token_table[batch.input_ids], batch.positions, attend)
         if batch.max_query_len > 1:
             hidden = hidden.index_select(0, batch.cu_seqlens_q[1:] - 1)
         return self.model.compute_logits(hidden, out)
@@ -141,9 +139,11 @@ class ModelRunner:
         num_columns = -(-self.config.max_model_len // self.config.block_size)
         device = self.model.device
         self.block_tables = BlockTables(self.config.max_num_seqs, num_columns, device)
-        # [num_rows + 1] int64: the token that was sampled last for each row of the block tables.
-        num_rows = len(self.block_tables.host)
-        self.last_tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        # Every token id stands for itself, and behind them is the token that was sampled last for
+        # each row of the block tables: one lookup, which negative indices reach from the end.
+        vocab_size, num_rows = self.model.config.vocab_size, len(self.block_tables.host)
+        self.token_table = torch.arange(vocab_size + num_rows, device=device)
+        self.last_tokens = self.token_table[vocab_size:].zero_()
 
     def _run_largest_step(self) -> None:
         """Compute the prompts that fill a step, in a cache of their size, and sample."""

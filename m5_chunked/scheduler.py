@@ -11,6 +11,7 @@ from folovllm.interfaces import SamplerOutput, StepOutput, StepStats, TokenOutpu
 from folovllm.request import FinishReason, Request, RequestStatus
 from folovllm.request_queue import RequestQueue
 
+from .chunk_policy import ChunkSizes, FixedChunks
 from .config import EngineConfig, PreemptionMode, SchedulingPolicy
 from .kv_cache_manager import BlockCopy, CopyKind, KVCacheManager
 
@@ -51,8 +52,15 @@ class Scheduler:
     comes back gets something done before the next preemption.
     """
 
-    def __init__(self, config: EngineConfig, kv_cache_manager: KVCacheManager) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        kv_cache_manager: KVCacheManager,
+        chunk_sizes: ChunkSizes | None = None,
+    ) -> None:
+        """chunk_sizes: None is the limit of `config`, the same for every chunk."""
         self.config = config
+        self.chunk_sizes = chunk_sizes or FixedChunks(config.max_chunk_tokens)
         self.kv_cache_manager = kv_cache_manager
         self.requests: dict[str, Request] = {}
         self.waiting = RequestQueue()
@@ -89,6 +97,7 @@ class Scheduler:
         """Give out the budget: to all that run, then to swapped requests, then to prompts."""
         if len(self.waiting) + len(self.swapped) + len(self.running) != len(self.requests):
             self.start_over()  # Ctrl-C came where a request was in no queue
+        self.chunk_sizes.start_step(self.running)
         block_copies: list[BlockCopy] = []
         num_held = len(self.running)
         scheduled = self._schedule_running(block_copies)
@@ -223,9 +232,10 @@ class Scheduler:
 
     def _scheduled(self, request: Request, num_left: int) -> ScheduledRequest:
         """The request's share of a step that has room for `num_left` more tokens."""
-        num_new_tokens = min(request.num_tokens - request.num_computed_tokens, num_left)
-        if self.config.max_chunk_tokens is not None:
-            num_new_tokens = min(num_new_tokens, self.config.max_chunk_tokens)
+        num_new_tokens = request.num_tokens - request.num_computed_tokens
+        if num_new_tokens > 1:
+            limit = self.chunk_sizes.limit(request.num_computed_tokens)
+            num_new_tokens = min(num_new_tokens, num_left, limit)
         block_table = self.kv_cache_manager.block_tables[request.request_id]
         return ScheduledRequest(request, num_new_tokens, block_table)
 
