@@ -64,6 +64,8 @@ help: ## list the verbs
 	@echo '  $(LAST)             answer a prompt (PROMPT="…", MODEL=…, ARGS=…)'
 	@echo '  $(LAST)-chat        talk with the model (MODEL=…, ARGS=…)'
 	@echo '  $(LAST)-bench       measure one run on a workload (WORKLOAD="$(WORKLOAD)", MODEL=…, ARGS=…)'
+	@echo '  $(LAST)-compare     measure it beside the stage before it, on the workload that shows its idea: a sentence and'
+	@echo '                 a chart within two minutes (MODEL=…, ARGS=…; from m2 on)'
 	@echo '  $(LAST)-test        run the tests of the stage (PYTEST_ARGS=…)'
 	@echo '  diff-$(LAST)        show what the stage changes in the stage before it'
 	@echo
@@ -135,7 +137,16 @@ diff-$(1): | $$(READY)
 	$$(RUN) -m m0_infra diff --stage $(1)$$(EXTRA)
 endef
 
+# $(call against_previous,m2): for all but the first stage, which has none before it.
+define against_previous
+.PHONY: $(1)-compare
+
+$(1)-compare: $$(RUNTIME) $$(MODEL_FILES)
+	$$(RUN) -m compare show --stage $(1)$$(MODEL_OPTION)$$(EXTRA)
+endef
+
 $(foreach stage,$(STAGES),$(eval $(call stage_verbs,$(firstword $(subst _, ,$(stage))),$(stage))))
+$(foreach name,$(wordlist 2,$(words $(SHORT_NAMES)),$(SHORT_NAMES)),$(eval $(call against_previous,$(name))))
 
 # ------------------------------------------------------------------------------------------------ set-up
 # A stamp is written last: an interrupted step has none and runs again.

@@ -1,4 +1,5 @@
-"""The command line: `run` measures and publishes, `table` and `charts` redraw what is stored."""
+"""The command line: `run` measures and publishes, `show` compares a stage with the one before it,
+`table` and `charts` redraw what is stored."""
 
 import argparse
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 from .publish import RESULTS_FOLDER, gate_folder, print_charts, print_gate, print_tables
 from .results import result_folders
 from .run import EXIT_REFUSED, run
+from .show import SHOW_FOLDER, show
 
 EXIT_USAGE = 2
+PASSED_ON = "Any other --option is passed to the stages whose EngineConfig has it."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.command == "run":
             return run(options, extra)
+        if options.command == "show":
+            return show(options, extra)
         if extra:
             parser.error(f"unknown arguments: {' '.join(extra)}")
         return redraw(options)
@@ -29,42 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m compare", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run_parser = commands.add_parser(
-        "run",
-        help="run the stages in turns, gate, publish table, charts and report",
-        epilog="Any other --option is passed to the stages whose EngineConfig has it.",
-        allow_abbrev=False,
+    _add_run_arguments(
+        commands.add_parser(
+            "run",
+            help="run the stages in turns, gate, publish table, charts and report",
+            epilog=PASSED_ON,
+            allow_abbrev=False,
+        )
     )
-    add = run_parser.add_argument
-    add("--stages", help="comma-separated; default: every stage there is, and hf")
-    add("--workload", help="such as nano, nano:8, fixed:batch=8,input=512,output=128")
-    add(
-        "--stage-workload",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="STAGE=SPEC",
-        help="the beginning of the workload that a slow stage runs: m1_baseline=nano:8",
+    _add_show_arguments(
+        commands.add_parser(
+            "show",
+            help="run a stage and the one before it on the workload that shows its idea",
+            epilog=PASSED_ON,
+            allow_abbrev=False,
+        )
     )
-    add("--repeats", type=int, help="processes of each stage, in turns; default: the profile's")
-    add(
-        "--runs-per-process",
-        type=int,
-        default=1,
-        help="measured runs of each process, where loading takes longer than a run (default: 1)",
-    )
-    add("--profile", default="auto", help="defaults for what is not given: auto, cpu or gpu")
-    add("--model", help="directory, Hub id or preset; default: the profile's")
-    add("--load-format", help="auto, safetensors or dummy")
-    add("--dtype", help="auto, float32, bfloat16 or float16")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--seed", type=int, default=0)
-    add("--name", help="folder of the results under the device; default: from the workload")
-    add(
-        "--commit",
-        help="what was measured, where the files are a copy without their own git history",
-    )
-    add("--timeout", type=float, default=3600.0, help="seconds that one run may take")
     for name, text in (
         ("table", "print the stored tables and write them into the documents"),
         ("charts", "the same, and draw charts and report again"),
@@ -73,17 +58,68 @@ def _parser() -> argparse.ArgumentParser:
         redraw_parser.add_argument(
             "only", nargs="*", metavar="DEVICE/WORKLOAD", help="default: all that are stored"
         )
-    for command in commands.choices.values():
+    for name, command in commands.choices.items():
         command.add_argument(
             "--results",
             type=Path,
-            default=RESULTS_FOLDER,
-            help="where results lie; documents are only updated from the default",
+            default=SHOW_FOLDER if name == "show" else RESULTS_FOLDER,
+            help="where results lie (default: %(default)s); documents are only updated from "
+            f"{RESULTS_FOLDER}",
         )
         command.add_argument(
             "--root", type=Path, default=Path(), help="folder of stages and documents"
         )
     return parser
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--stages", help="comma-separated; default: every stage there is, and hf")
+    add(
+        "--stage-workload",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="STAGE=SPEC",
+        help="the beginning of the workload that a slow stage runs: m1_baseline=nano:8",
+    )
+    add("--name", help="folder of the results under the device; default: from the workload")
+    add(
+        "--commit",
+        help="what was measured, where the files are a copy without their own git history",
+    )
+    _add_common_arguments(parser, profile="auto")
+
+
+def _add_show_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stage", required=True, help="m3 or m3_paged; what it shows is declared")
+    parser.set_defaults(stage_workload=[])
+    # What stages declare is made for two CPU cores, whatever the device.
+    _add_common_arguments(parser, profile="cpu")
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser, profile: str) -> None:
+    """What is run, how often and with what."""
+    add = parser.add_argument
+    add("--workload", help="such as nano, nano:8, fixed:batch=8,input=512,output=128")
+    add("--repeats", type=int, help="processes of each stage, in turns; default: the profile's")
+    add(
+        "--runs-per-process",
+        type=int,
+        default=1,
+        help="measured runs of each process, where loading takes longer than a run (default: 1)",
+    )
+    add(
+        "--profile",
+        default=profile,
+        help="defaults for what is not given: auto, cpu or gpu (default: %(default)s)",
+    )
+    add("--model", help="directory, Hub id or preset; default: the profile's")
+    add("--load-format", help="auto, safetensors or dummy")
+    add("--dtype", help="auto, float32, bfloat16 or float16")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--seed", type=int, default=0)
+    add("--timeout", type=float, default=3600.0, help="seconds that one run may take")
 
 
 def redraw(options: argparse.Namespace) -> int:

@@ -140,9 +140,46 @@ COLUMNS = (
 )
 
 
-def table_cells(results: Sequence[Result]) -> list[list[str]]:
+def _gaps(path: str) -> Callable[[Row], str]:
+    """p50, p99 and worst of the token gaps at `path`."""
+    return lambda row: fmt.seconds(*(_value(row, f"{path}.{end}") for end in ("p50", "p99", "max")))
+
+
+LATE_COLUMNS = (
+    COLUMNS[0],
+    Column(
+        "late TTFT p50",
+        "first token minus arrival of the requests that arrive while the others (the decoders) run",
+        lambda row: fmt.seconds(_value(row, "late_ttft_s.p50")),
+    ),
+    Column(
+        "decoders' gap beside a late prompt p50 / p99 / worst",
+        "gaps between tokens of the decoders into which a late request falls, from its arrival to "
+        "its first token",
+        _gaps("decoder_itl_beside_late_s"),
+    ),
+    Column(
+        "decoders' gap, whole run p50 / p99 / worst",
+        "every gap between two tokens of the decoders",
+        _gaps("decoder_itl_s"),
+    ),
+)
+"""Of a second table, for workloads in which requests arrive late."""
+
+
+def has_late_requests(result: Result) -> bool:
+    return lookup(result, "late_ttft_s") is not None
+
+
+def tables_of(results: Sequence[Result]) -> list[tuple[Column, ...]]:
+    """The columns of each table that these results have."""
+    late = [LATE_COLUMNS] if any(map(has_late_requests, results)) else []
+    return [COLUMNS, *late]
+
+
+def table_cells(results: Sequence[Result], columns: Sequence[Column] = COLUMNS) -> list[list[str]]:
     """Heading and rows as text, one list per line."""
     rows = make_rows(results)
-    return [[column.heading for column in COLUMNS]] + [
-        [column.cell(row) for column in COLUMNS] for row in rows
+    return [[column.heading for column in columns]] + [
+        [column.cell(row) for column in columns] for row in rows
     ]

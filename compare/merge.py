@@ -24,6 +24,9 @@ MEDIAN_WITHIN = (
     "tpot_s",
     "itl_s",
     "e2e_s",
+    "late_ttft_s",
+    "decoder_itl_s",
+    "decoder_itl_beside_late_s",
     "decode_step_s",
     "host_time_s",
     "host_time_at_max_running_s",
@@ -38,6 +41,8 @@ SPREAD_OF = (
     "ttft_s.p50",
     "tpot_s.p50",
     "itl_s.p99",
+    "late_ttft_s.p50",
+    "decoder_itl_beside_late_s.max",
     "decode_step_s.p50",
     "peak_memory_bytes.total",
 )

@@ -3,9 +3,10 @@
 import base64
 import html
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
-from .columns import COLUMNS, table_cells
+from .columns import Column, table_cells, tables_of
 from .results import Result
 from .stages import is_ladder_stage
 from .table import footnotes
@@ -29,7 +30,7 @@ dt { font-weight: 600; margin-top: 0.5em; } dd { margin: 0 0 0 1.5em; }
 
 def write_report(results: Sequence[Result], charts: Sequence[Path], file: Path) -> Path:
     """Write the report of one device and workload; it needs no other file and no network."""
-    first = results[0]
+    first, tables = results[0], tables_of(results)
     title = f"FoloVLLM stages on {first['device']}, workload {first['workload']['name']}"
     parts = [
         "<!DOCTYPE html>",
@@ -37,12 +38,12 @@ def write_report(results: Sequence[Result], charts: Sequence[Path], file: Path) 
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
-        f'<div class="wide">{_table(results)}</div>',
+        *(f'<div class="wide">{_table(results, columns)}</div>' for columns in tables),
         *(f'<p class="note">{html.escape(note)}</p>' for note in footnotes(results)),
         "<h2>Charts</h2>",
         *(_image(chart) for chart in charts),
         "<h2>What the columns mean</h2>",
-        _definitions([(column.heading, column.meaning) for column in COLUMNS]),
+        _definitions([(c.heading, c.meaning) for c in dict.fromkeys(chain(*tables))]),
         "<h2>Environment</h2>",
         f'<div class="wide">{_environment(results)}</div>',
         "</body></html>",
@@ -51,8 +52,8 @@ def write_report(results: Sequence[Result], charts: Sequence[Path], file: Path) 
     return file
 
 
-def _table(results: Sequence[Result]) -> str:
-    heading, *rows = table_cells(results)
+def _table(results: Sequence[Result], columns: Sequence[Column]) -> str:
+    heading, *rows = table_cells(results, columns)
     lines = [f"<table><thead>{_row(heading, 'th')}</thead><tbody>"]
     for result, row in zip(results, rows, strict=True):
         kind = "" if is_ladder_stage(result["stage"]) else ' class="peer"'

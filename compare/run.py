@@ -19,6 +19,12 @@ EXIT_INCOMPLETE = 4
 
 def run(options: argparse.Namespace, extra: Sequence[str]) -> int:
     """`compare run`."""
+    outcomes, settings = measure(options, extra)
+    return publish_outcomes(outcomes, settings, options)
+
+
+def measure(options: argparse.Namespace, extra: Sequence[str]) -> tuple[list[Outcome], RunSettings]:
+    """Run the stages that the options name, in turns; what came out, and what each was given."""
     profile = choose_profile(options.profile, options.device)
     repeats = profile.repeats if options.repeats is None else options.repeats
     if repeats < 1:
@@ -36,7 +42,7 @@ def run(options: argparse.Namespace, extra: Sequence[str]) -> int:
         flush=True,
     )
     outcomes = run_stages(stages, repeats, settings, report=lambda text: print(text, flush=True))
-    return publish_outcomes(outcomes, settings, options)
+    return outcomes, settings
 
 
 def _settings(
@@ -114,10 +120,7 @@ def publish_outcomes(
     outcomes: Sequence[Outcome], settings: RunSettings, options: argparse.Namespace
 ) -> int:
     """Gate the finished runs; publish them or say why not."""
-    runs: dict[str, list[Result]] = {}
-    for outcome in outcomes:
-        if isinstance(outcome, FinishedRun):
-            runs.setdefault(outcome.stage, []).append(_with_commit(outcome.result, options.commit))
+    runs = finished_runs(outcomes, options.commit)
     gate = check_gate(runs)
     print_gate(gate)
     if not gate.passed:
@@ -134,6 +137,15 @@ def publish_outcomes(
     for outcome in failed:
         print(f"FAILED: {outcome.stage}, repeat {outcome.repeat + 1}: {outcome.reason}")
     return EXIT_INCOMPLETE if failed else 0
+
+
+def finished_runs(outcomes: Sequence[Outcome], commit: str | None) -> dict[str, list[Result]]:
+    """Results by stage; `commit`, where one is stated, stands in them instead of the one found."""
+    runs: dict[str, list[Result]] = {}
+    for outcome in outcomes:
+        if isinstance(outcome, FinishedRun):
+            runs.setdefault(outcome.stage, []).append(_with_commit(outcome.result, commit))
+    return runs
 
 
 def _with_commit(result: Result, commit: str | None) -> Result:

@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Sequence
 
-from .columns import COLUMNS, PREFIX_MARK, make_rows, table_cells
+from .columns import PREFIX_MARK, make_rows, table_cells, tables_of
 from .results import Result, lookup
 
 _WIDE_SPREAD = 2.0
@@ -78,11 +78,19 @@ def _width(text: str) -> int:
 
 def terminal_table(results: Sequence[Result], max_width: int) -> str:
     """Aligned text; columns that do not fit into `max_width` go below, under the names again."""
-    cells = table_cells(results)
-    widths = [max(_width(line[index]) for line in cells) for index in range(len(COLUMNS))]
+    text: list[str] = []
+    for columns in tables_of(results):
+        text += _aligned(table_cells(results, columns), max_width)
+    return "\n".join(text + footnotes(results))
+
+
+def _aligned(cells: Sequence[Sequence[str]], max_width: int) -> list[str]:
+    """Lines of one table."""
+    num_columns = len(cells[0])
+    widths = [max(_width(line[index]) for line in cells) for index in range(num_columns)]
     blocks: list[list[int]] = [[0]]
     used = widths[0]
-    for index in range(1, len(COLUMNS)):
+    for index in range(1, num_columns):
         if used + 2 + widths[index] > max_width and len(blocks[-1]) > 1:
             blocks.append([0])
             used = widths[0]
@@ -101,15 +109,17 @@ def terminal_table(results: Sequence[Result], max_width: int) -> str:
             if number == 0:
                 text.append("  ".join("─" * widths[i] for i in block))
         text.append("")
-    return "\n".join(text + footnotes(results))
+    return text
 
 
 def markdown_table(results: Sequence[Result]) -> str:
-    """A pipe table with its footnotes; the text between the markers of a document."""
-    heading, *rows = table_cells(results)
-    lines = [_markdown_line(heading), "|---|" + "---:|" * (len(heading) - 1)]
-    lines += [_markdown_line(row) for row in rows]
-    return "\n".join(lines + [""] + [f"{note}  " for note in footnotes(results)]).rstrip()
+    """Pipe tables with their footnotes; the text between the markers of a document."""
+    lines: list[str] = []
+    for columns in tables_of(results):
+        heading, *rows = table_cells(results, columns)
+        lines += [_markdown_line(heading), "|---|" + "---:|" * (len(heading) - 1)]
+        lines += [*(_markdown_line(row) for row in rows), ""]
+    return "\n".join(lines + [f"{note}  " for note in footnotes(results)]).rstrip()
 
 
 def _markdown_line(cells: Sequence[str]) -> str:

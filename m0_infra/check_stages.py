@@ -56,6 +56,11 @@ def check_stages(root: Path) -> StageReport:
         if stage.previous is not None and stage.previous not in existing:
             problems.append(f"{stage.name}/ is there, its previous stage {stage.previous}/ is not")
             continue
+        if stage.previous is not None and not stage.has_show:
+            problems.append(
+                f"{stage.name}/ does not say what shows its idea; add [{stage.name}.show] with "
+                f"workload, metrics and chart to {MANIFEST}"
+            )
         try:
             size = _measure(root, stage)
         except SyntaxError as error:

@@ -10,7 +10,13 @@ MANIFEST = Path("m0_infra", "stages.toml")
 """Relative to the root of a checkout."""
 _STAGE_FOLDER = re.compile(r"m[1-9][0-9]*_[a-z0-9_]+")
 _NOT_COMPARED = ("README.md", "pyproject.toml", "tests", "build", "__pycache__")
-_KEYS = {"previous", "changed", "added", "removed", "max_code_lines"}
+_KEYS = {"previous", "changed", "added", "removed", "max_code_lines", "show"}
+_SHOW_TYPES: dict[str, type[Any]] = {
+    "workload": str,
+    "metrics": list,
+    "chart": str,
+    "options": dict,
+}
 
 
 class StageError(Exception):
@@ -28,6 +34,8 @@ class Stage:
     changed: frozenset[str] = frozenset()
     added: frozenset[str] = frozenset()
     removed: frozenset[str] = frozenset()
+    has_show: bool = False
+    """It says on which workload its idea shows; `compare show` runs that."""
 
 
 def load_stages(root: Path) -> dict[str, Stage]:
@@ -99,5 +107,31 @@ def _stage(path: Path, name: str, table: Any) -> Stage:
     previous = table.get("previous")
     if previous is None and any(lists.values()):
         raise StageError(f"{path}: {name} lists changes but names no previous stage")
+    _check_show(path, name, table)
     sets = {key: frozenset(value) for key, value in lists.items()}
-    return Stage(name=name, max_code_lines=budget, previous=previous, **sets)
+    return Stage(
+        name=name, max_code_lines=budget, previous=previous, has_show="show" in table, **sets
+    )
+
+
+def _check_show(path: Path, name: str, table: dict[str, Any]) -> None:
+    """The form of `show`; which metrics and charts there are is for compare to know."""
+    if "show" not in table:
+        return
+    show = table["show"]
+    if table.get("previous") is None:
+        raise StageError(f"{path}: {name} has a show but names no previous stage to show it on")
+    if not isinstance(show, dict) or not show.keys() <= _SHOW_TYPES.keys():
+        raise StageError(
+            f"{path}: show of {name} must be a table with {', '.join(_SHOW_TYPES)}, got {show!r}"
+        )
+    for key, kind in _SHOW_TYPES.items():
+        value: Any = show.get(key, {} if key == "options" else None)
+        if not isinstance(value, kind) or not (value or key == "options"):
+            raise StageError(
+                f"{path}: {key} in show of {name} must be a {kind.__name__} that is not empty, "
+                f"got {value!r}"
+            )
+        texts = list(value.values()) if isinstance(value, dict) else list(value)
+        if not all(isinstance(text, str) for text in texts):
+            raise StageError(f"{path}: {key} in show of {name} must hold strings, got {value!r}")

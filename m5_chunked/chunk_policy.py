@@ -8,7 +8,7 @@ from typing import Protocol
 from folovllm.request import Request
 
 LEAST_CHUNK = 16
-"""Tokens of a prompt that a step computes even if it is late then: or the prompt would never end."""
+"""Tokens of a prompt that a step computes even if it is late then: prompts must end."""
 
 
 class ChunkSizes(Protocol):
@@ -17,10 +17,10 @@ class ChunkSizes(Protocol):
     def start_step(self, running: Sequence[Request]) -> None:
         """A step begins in which all of these want a token at least."""
 
-    def limit(self, num_computed_tokens: int) -> int:
-        """Most tokens of the next chunk, of a prompt of which so many are computed.
+    def take(self, num_computed_tokens: int, num_wanted: int) -> int:
+        """How many of `num_wanted` tokens behind `num_computed_tokens` to compute, at least 1.
 
-        Counts that chunk to the step, so that a second one gets what is left.
+        Counts them to the step, so that a second chunk gets what is left.
         """
 
 
@@ -32,8 +32,10 @@ class FixedChunks:
 
     def start_step(self, running: Sequence[Request]) -> None: ...
 
-    def limit(self, num_computed_tokens: int) -> int:
-        return 1 << 60 if self.max_chunk_tokens is None else self.max_chunk_tokens
+    def take(self, num_computed_tokens: int, num_wanted: int) -> int:
+        return (
+            num_wanted if self.max_chunk_tokens is None else min(num_wanted, self.max_chunk_tokens)
+        )
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class TimedChunks:
     def __init__(self, cost: StepCost, target_s: float, max_chunk_tokens: int | None) -> None:
         self.cost = cost
         self.target_s = target_s
-        self.max_chunk_tokens = 1 << 60 if max_chunk_tokens is None else max_chunk_tokens
+        self.max_chunk_tokens = max_chunk_tokens
         self.left_s = target_s
 
     def start_step(self, running: Sequence[Request]) -> None:
@@ -88,8 +90,10 @@ class TimedChunks:
         ]
         self.left_s = self.target_s - self.cost.fixed_s - sum(decodes)
 
-    def limit(self, num_computed_tokens: int) -> int:
-        num_tokens = self.cost.largest_chunk(self.left_s, num_computed_tokens)
-        num_tokens = min(max(num_tokens, LEAST_CHUNK), self.max_chunk_tokens)
+    def take(self, num_computed_tokens: int, num_wanted: int) -> int:
+        affordable = self.cost.largest_chunk(self.left_s, num_computed_tokens)
+        num_tokens = min(
+            max(affordable, LEAST_CHUNK), self.max_chunk_tokens or num_wanted, num_wanted
+        )
         self.left_s -= self.cost.of_chunk(num_tokens, num_computed_tokens)
         return num_tokens

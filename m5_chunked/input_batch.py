@@ -23,8 +23,8 @@ class InputBatch(NamedTuple, Generic[ArrayT]):
     """
 
     input_ids: ArrayT
-    """[num_tokens] int64; row - number of rows of BlockTables, which is below 0, stands for the token
-    that was sampled last for that row and that the host does not know yet"""
+    """[num_tokens] int64; row - (rows of BlockTables), which is below 0, stands for the token that
+    was sampled last for that row and that the host does not know yet"""
     positions: ArrayT
     """[num_tokens] int64, each token's index in its own sequence"""
     slot_mapping: ArrayT

@@ -234,8 +234,8 @@ class Scheduler:
         """The request's share of a step that has room for `num_left` more tokens."""
         num_new_tokens = request.num_tokens - request.num_computed_tokens
         if num_new_tokens > 1:
-            limit = self.chunk_sizes.limit(request.num_computed_tokens)
-            num_new_tokens = min(num_new_tokens, num_left, limit)
+            num_wanted = min(num_new_tokens, num_left)
+            num_new_tokens = self.chunk_sizes.take(request.num_computed_tokens, num_wanted)
         block_table = self.kv_cache_manager.block_tables[request.request_id]
         return ScheduledRequest(request, num_new_tokens, block_table)
 

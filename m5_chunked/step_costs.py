@@ -1,7 +1,6 @@
 """Measures what steps cost, at start-up, for chunks that respect a latency goal."""
 
 import time
-from statistics import median
 
 import numpy as np
 
@@ -17,8 +16,7 @@ _NUM_RUNS = 3
 def measure_step_cost(runner: ModelRunner) -> StepCost:
     """Time steps of several kinds and fit the four terms of StepCost to them.
 
-    Uses the cache, in which nothing may be yet. Terms that come out below 0, where noise is larger
-    than what they stand for, count as 0.
+    Uses the cache, in which nothing may be yet.
     """
     config = runner.config
     longest = config.max_model_len - 1
@@ -42,16 +40,28 @@ def measure_step_cost(runner: ModelRunner) -> StepCost:
             ]
         )
         seconds.append(_time_step(runner, num_requests, num_computed, num_new))
-    # Relative errors count: a step of half a millisecond matters as much as one of fifty.
-    weights = 1 / np.array(seconds)
-    solved = np.linalg.lstsq(np.array(rows) * weights[:, None], np.ones(len(rows)), rcond=None)
-    fixed_s, token_s, pair_s, context_s = np.maximum(solved[0], 0.0).tolist()
-    return StepCost(fixed_s, token_s, pair_s, context_s)
+    return StepCost(*_fit(np.array(rows), np.array(seconds)))
+
+
+def _fit(rows: np.ndarray, seconds: np.ndarray) -> list[float]:
+    """Least squares of relative errors: half a millisecond matters as much as fifty.
+
+    rows: [num_steps, num_terms]. A term that comes out below 0 is left out of the fit.
+    """
+    scaled, terms = rows / seconds[:, None], list(range(rows.shape[1]))
+    while True:
+        solved = np.linalg.lstsq(scaled[:, terms], np.ones(len(rows)), rcond=None)[0]
+        if solved.min() >= 0:
+            found = dict(zip(terms, solved.tolist(), strict=True))
+            return [found.get(term, 0.0) for term in range(rows.shape[1])]
+        del terms[int(solved.argmin())]
 
 
 def _time_step(runner: ModelRunner, num_requests: int, num_computed: int, num_new: int) -> float:
     """Seconds of a step of these requests, after one that does not count."""
     num_blocks = -(-(num_computed + num_new) // runner.config.block_size)
+    # What memory holds by chance may be NaN, and zeros multiply faster than numbers.
+    runner.kv_cache.kv[:, :, : num_requests * num_blocks].normal_()
     scheduled = []
     for index in range(num_requests):
         request = Request(
@@ -68,4 +78,4 @@ def _time_step(runner: ModelRunner, num_requests: int, num_computed: int, num_ne
         start = time.perf_counter()
         runner.launch(step).wait()
         times.append(time.perf_counter() - start)
-    return median(times[1:])
+    return min(times[1:])  # what other programs on the machine add is not the step's

@@ -1,5 +1,5 @@
 """Pictures of a comparison, drawn from result files only."""
 
-from .draw import draw_all
+from .draw import draw_all, draw_chart
 
-__all__ = ["draw_all"]
+__all__ = ["draw_all", "draw_chart"]

@@ -1,11 +1,12 @@
 """How every chart looks: one colour per stage, the fonts, the title, the footer, the scales."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.axis import XAxis
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -38,6 +39,8 @@ SOFT_INK = "#666666"
 LOG_SCALE_FROM = 15.0
 """Largest over smallest value from which a linear axis would hide the smallest."""
 DPI = 150
+FOOTER_COLUMNS = 145
+"""Characters of the small print that fit into a line."""
 
 
 def stage_colour(name: str) -> str:
@@ -61,7 +64,7 @@ def new_figure(height: float, title: str, subtitle: str, results: Sequence[Resul
     figure.text(0.02, 1 - 0.16 / height, title, size=14, weight="bold", color=INK, va="top")
     figure.text(0.02, 1 - 0.48 / height, subtitle, size=10, color=SOFT_INK, va="top")
     for line, text in enumerate(reversed(_footer(results))):
-        where = (0.1 + 0.17 * line) / height
+        where = (0.08 + 0.155 * line) / height
         figure.text(0.02, where, text, size=7.5, color=SOFT_INK, va="bottom")
     return figure
 
@@ -88,7 +91,8 @@ def _footer(results: Sequence[Result]) -> list[str]:
         if repeats > 1
         else "one run",
     )
-    return [setting_line(longest), ", ".join(parts)]
+    setting = textwrap.wrap(setting_line(longest), FOOTER_COLUMNS, break_on_hyphens=False)
+    return [*setting, ", ".join(parts)]
 
 
 def plain_axes(axes: Axes, x_label: str, y_label: str = "") -> None:
@@ -123,13 +127,13 @@ def scale_x(axes: Axes, values: Sequence[float], text_share: float) -> bool:
     return True
 
 
-def number_ticks(axis: XAxis) -> None:
+def number_ticks(axis: Axis) -> None:
     """Plain numbers at the ticks: 20, 1,000."""
     _few_log_ticks(axis)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
 
-def time_ticks(axis: XAxis) -> str:
+def time_ticks(axis: Axis) -> str:
     """Put durations given in seconds at the ticks; returns the unit for the axis label.
 
     A linear axis gets one unit; on a logarithmic one every tick names its own, and the unit is
@@ -150,7 +154,7 @@ def _time_tick(value: float) -> str:
     return f"{value / size:,.6g} {unit}"
 
 
-def _few_log_ticks(axis: XAxis) -> None:
+def _few_log_ticks(axis: Axis) -> None:
     """Label 1, 2, 5, 10, … on a short logarithmic axis and powers of ten on a long one."""
     if axis.get_scale() != "log":
         return

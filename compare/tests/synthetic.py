@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from folovllm.bench.block_map import FREE, SHARED, BlockMap, pack_block_map
+from folovllm.bench.late_requests import late_section, step_ranges
+from folovllm.bench.metrics import RequestTimes
 
 
 def make_run(
@@ -107,6 +109,35 @@ def with_blocks(run: dict[str, Any], num_blocks: int) -> dict[str, Any]:
         )
     )
     return run
+
+
+def with_late_request(run: dict[str, Any], beside_s: list[float]) -> dict[str, Any]:
+    """The run of 4 decoders with 30 tokens each, and a prompt that comes in the tenth step.
+
+    A step takes 50 ms. Those after the arrival take as long as `beside_s` says; the last of them
+    gives the late request its first token.
+    """
+    durations = [0.05] * 10 + beside_s + [0.05] * (20 - len(beside_s))
+    ends = np.cumsum(durations)
+    arrival, first = 0.48, 9 + len(beside_s)
+    steps = {**{i: list(range(30)) for i in range(4)}, 4: list(range(first, first + 3))}
+    columns: dict[str, list[float]] = {name: [1] * 30 for name in STEP_COLUMNS}
+    columns |= {"start_s": (ends - durations).tolist(), "duration_s": durations}
+    requests = [
+        {"request_id": str(i), "num_prompt_tokens": 9, "arrival_s": 0.0 if i < 4 else arrival,
+         "num_output_tokens": len(found), "first_token_s": float(ends[found[0]]),
+         "last_token_s": float(ends[found[-1]]), "finish_reason": "length",
+         "output_sha256": "", "token_steps": step_ranges(found)}
+        for i, found in steps.items()
+    ]  # fmt: skip
+    times = [
+        RequestTimes(r["arrival_s"], tuple(ends[steps[i]].tolist())) for i, r in enumerate(requests)
+    ]
+    workload = {**run["workload"], "num_requests": 5, "num_requests_before_cut": None}
+    return {
+        **run, **late_section(times, columns["start_s"]), "requests": requests, "steps": columns,
+        "workload": workload, "duration_s": float(ends[-1]),
+    }  # fmt: skip
 
 
 STEP_COLUMNS = (

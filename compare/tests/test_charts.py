@@ -6,9 +6,10 @@ import pytest
 from compare.charts import draw_all
 from compare.charts.bars import memory_parts
 from compare.charts.block_map import MAX_ROWS, OWNER_COLOURS, block_map
+from compare.charts.gaps import has_gaps, token_gaps
 from compare.charts.style import PEER_COLOURS, STAGE_COLOURS, needs_log
 from compare.report import write_report
-from compare.tests.synthetic import make_run, with_blocks
+from compare.tests.synthetic import make_run, with_blocks, with_late_request
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -69,6 +70,32 @@ def test_large_block_map_is_thinned_out_and_says_so():
     cells = figure.axes[1].collections[0].get_array()
     assert cells is not None and cells.shape == (MAX_ROWS, 4)
     assert any("one block in 4 is shown" in text.get_text() for text in figure.texts)
+
+
+def test_token_gaps_stand_over_time_with_the_late_prompt_marked():
+    stalled = with_late_request(make_run("m4_flash"), [1.5])
+    chunked = with_late_request(make_run("m5_chunked"), [0.08] * 6)
+    figure = token_gaps([make_run("m3_paged"), stalled, chunked])
+    upper, lower = figure.axes
+    points: Any = upper.lines[0]
+    assert len(points.get_xdata()) == 4 * 29
+    assert max(points.get_ydata()) == pytest.approx(1.5)
+    worst = points.get_xdata()[points.get_ydata().argmax()]
+    assert worst == pytest.approx(0.5 + 1.5)  # when the gap ended
+    lines: Any = upper.lines[1:]
+    marks = [line.get_xdata()[0] for line in lines]
+    assert marks == pytest.approx([0.48, 2.0])
+    assert "worst gap 1.50 s" in upper.get_title(loc="left")
+    assert "worst gap 80.0 ms, late prompt's TTFT 500 ms" in lower.get_title(loc="left")
+    assert upper.get_yscale() == "log" == lower.get_yscale()
+    assert upper.get_xlim() == lower.get_xlim() == (0, 1.01 * stalled["duration_s"])
+
+
+def test_token_gaps_are_drawn_only_for_late_requests_whose_times_are_stored(tmp_path):
+    late = with_late_request(make_run("m4_flash"), [1.5])
+    assert "token-gaps" in {chart.stem for chart in draw_all([late], tmp_path)}
+    del late["requests"][0]["token_steps"]
+    assert not has_gaps(late) and not has_gaps(make_run())
 
 
 def test_no_results_are_refused(tmp_path):

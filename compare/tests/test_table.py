@@ -4,8 +4,9 @@ from compare import formatting as fmt
 from compare.columns import COLUMNS, make_rows, table_cells
 from compare.documents import replace_marked, update_documents
 from compare.merge import merge_runs
+from compare.report import write_report
 from compare.table import footnotes, markdown_table, terminal_table
-from compare.tests.synthetic import make_run
+from compare.tests.synthetic import make_run, with_late_request
 
 
 def results():
@@ -74,6 +75,39 @@ def test_terminal_table_wraps_columns_and_keeps_every_value():
     assert wide.count("m2_batching") < narrow.count("m2_batching")
     for row in table_cells(results()):
         assert all(text in narrow for text in row)
+
+
+def late_results():
+    return [
+        with_late_request(make_run("m4_flash"), [1.5]),
+        with_late_request(make_run("m5_chunked"), [0.08] * 6),
+    ]
+
+
+def test_workload_with_a_late_prompt_has_a_second_table_with_its_cost(tmp_path):
+    tables = markdown_table(late_results()).split("\n\n")
+    assert [table.splitlines()[0].startswith("| stage |") for table in tables[:2]] == [True] * 2
+    stalled, chunked = tables[1].splitlines()[2:]
+    assert stalled == "| m4_flash | 1.52 s | 1.50 / 1.50 / 1.50 s | 50.0 / 1,500 / 1,500 ms |"
+    assert chunked == "| m5_chunked | 500 ms | 80.0 / 80.0 / 80.0 ms | 50.0 / 80.0 / 80.0 ms |"
+    page = write_report(late_results(), [], tmp_path / "report.html").read_text()
+    assert page.count("<table>") == 3 and page.count("<dt>stage</dt>") == 1
+    assert "1.50 / 1.50 / 1.50 s" in page
+    narrow = terminal_table(late_results(), 80)
+    assert "late TTFT p50" in narrow and "50.0 / 80.0 / 80.0 ms" in narrow
+
+
+def test_workload_without_a_late_prompt_has_one_table():
+    assert "late" not in markdown_table(results()) and "late" not in terminal_table(results(), 80)
+
+
+def test_gaps_beside_a_late_prompt_are_medians_over_the_runs():
+    runs = [with_late_request(make_run("m4_flash"), [stall]) for stall in (1.0, 3.0, 2.0)]
+    merged = merge_runs(runs)
+    assert merged["decoder_itl_beside_late_s"]["max"] == pytest.approx(2.0)
+    spread = merged["spread"]["decoder_itl_beside_late_s.max"]
+    assert [spread["min"], spread["max"]] == pytest.approx([1.0, 3.0])
+    assert merge_runs([make_run()])["spread"]["late_ttft_s.p50"] is None
 
 
 def test_markdown_rows_have_as_many_cells_as_the_heading():

@@ -168,6 +168,9 @@ def source(tmp_path, tiny_gguf) -> ModelSource:
     )
 
 
+SHOW = 'show = { workload = "nano", metrics = ["itl_s.p99"], chart = "latency" }\n'
+
+
 class Checkout:
     """A repository with stages m1_one, m2_two and m3_three, all honest and committed."""
 
@@ -178,7 +181,9 @@ class Checkout:
             "m0_infra/stages.toml",
             "[m1_one]\nmax_code_lines = 50\n"
             '[m2_two]\nprevious = "m1_one"\nmax_code_lines = 50\nchanged = ["scheduler.py"]\n'
-            '[m3_three]\nprevious = "m2_two"\nmax_code_lines = 50\nadded = ["block_pool.py"]\n',
+            f"{SHOW}"
+            '[m3_three]\nprevious = "m2_two"\nmax_code_lines = 50\nadded = ["block_pool.py"]\n'
+            f"{SHOW}",
         )
         top = "import heapq\n\nlimit = 1\n"
         middle = "".join(f"line_{number} = {number}\n" for number in range(9))

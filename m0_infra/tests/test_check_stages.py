@@ -5,6 +5,7 @@ import pytest
 from m0_infra.check_stages import check_stages
 from m0_infra.code_lines import count_code_lines
 from m0_infra.stages import StageError, find_stage, load_stages
+from m0_infra.tests.conftest import SHOW
 
 
 def problems(checkout):
@@ -203,6 +204,16 @@ def test_file_that_is_not_python_is_one_problem(checkout):
     assert any("m1_one/engine.py:1 is not Python" in problem for problem in problems(checkout))
 
 
+def test_stage_that_does_not_say_what_shows_its_idea_is_found(checkout):
+    checkout.replace("m0_infra/stages.toml", f"{SHOW}[m3", "[m3")
+    assert "m2_two/ does not say what shows its idea" in the_problem(checkout)
+
+
+def two_with_show(show):
+    first = "[m1_one]\nmax_code_lines = 5\n"
+    return f"{first}[m2_two]\nmax_code_lines = 5\nprevious = 'm1_one'\nshow = {show}\n"
+
+
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
@@ -213,6 +224,16 @@ def test_file_that_is_not_python_is_one_problem(checkout):
         ("[m1_one]\nmax_code_lines = 5\nadded = ['x']\n", "names no previous"),
         ("[m2_two]\nmax_code_lines = 5\nprevious = 'm1_one'\n", "not declared above"),
         ("[two]\nmax_code_lines = 5\n", "named like a stage"),
+        ("[m1_one]\nmax_code_lines = 5\nshow = {}\n", "names no previous stage to show it on"),
+        (two_with_show("'nano'"), "must be a table with workload, metrics, chart, options"),
+        (two_with_show("{ workloads = 'nano' }"), "must be a table with workload"),
+        (two_with_show("{ workload = 'nano' }"), "metrics in show of m2_two must be a list that"),
+        (two_with_show("{ workload = 'nano', metrics = [] }"), r"not empty, got \[\]"),
+        (two_with_show("{ workload = 'nano', metrics = [1], chart = 'a' }"), "must hold strings"),
+        (
+            two_with_show("{ workload = 'a', metrics = ['b'], chart = 'c', options = { d = 1 } }"),
+            "options in show of m2_two must hold strings",
+        ),
     ],
 )
 def test_wrong_manifest_is_refused_with_a_reason(checkout, toml, message):

@@ -14,6 +14,7 @@ from folovllm.bench import probes as bench_probes
 from folovllm.bench.benchmark import run_benchmark
 from folovllm.bench.block_map import FREE, unpack_block_map
 from folovllm.bench.blocks import block_section
+from folovllm.bench.late_requests import token_times
 from folovllm.bench.metrics import StepWork
 from folovllm.bench.probes import (
     GpuUtilisation,
@@ -229,6 +230,25 @@ def test_request_that_arrives_during_a_step_waits_for_its_end():
     assert rows["b"]["arrival_s"] == 0.5
     assert rows["b"]["first_token_s"] == pytest.approx(2 * STEP_S)
     assert [row["request_id"] for row in report["requests"]] == ["b", "a"]
+
+
+def test_result_keeps_the_time_of_every_token_and_the_gaps_beside_a_late_request():
+    late = request("c", 9, 2, STEP_S * 1.5)
+    workload = Workload("late", (request("a", 2, 4), request("b", 2, 4), late))
+    clock = FakeClock()
+    llm = fake_llm(clock)
+    llm.engine.config = FakeConfig(max_num_seqs=3)
+    report = run_benchmark(llm, workload, stage="m9_fake", ceilings=CEILINGS, clock=clock)
+    rows = {row["request_id"]: row for row in report["requests"]}
+    assert rows["a"]["token_steps"] == [[0, 3]] and rows["c"]["token_steps"] == [[2, 3]]
+    for row in rows.values():
+        times = token_times(report, row)
+        assert [times[0], times[-1]] == pytest.approx([row["first_token_s"], row["last_token_s"]])
+    # "c" arrives in the second step and gets its first token from the third.
+    assert report["late_ttft_s"]["max"] == pytest.approx(1.5 * STEP_S)
+    assert report["decoder_itl_beside_late_s"]["max"] == pytest.approx(STEP_S)
+    together = Workload("together", workload.requests[:2])
+    assert run(together)[0]["late_ttft_s"] is None
 
 
 def test_columns_of_steps_and_requests_agree():

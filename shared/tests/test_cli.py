@@ -407,6 +407,19 @@ def test_table_shows_a_dash_where_there_is_nothing_to_measure():
     assert "TPOT p50 / p99         – / – ms" in format_summary(RESULT)
 
 
+def test_table_shows_late_prompts_where_the_workload_has_them():
+    assert "late" not in format_summary(RESULT)
+    late = {"p50": 0.25, "p99": 0.25, "max": 0.25}
+    beside = {"p50": 0.002, "p99": 0.09, "max": 0.1}
+    table = format_summary(RESULT | {"late_ttft_s": late, "decoder_itl_beside_late_s": beside})
+    assert "late TTFT p50 / p99    250.00 / 250.00 ms" in table
+    assert "gap beside p50 / p99   2.00 / 90.00 ms" in table
+    assert "worst gap beside       100.00 ms" in table
+    nobody = dict.fromkeys(beside)
+    table = format_summary(RESULT | {"late_ttft_s": late, "decoder_itl_beside_late_s": nobody})
+    assert "worst gap beside       –" in table
+
+
 def test_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "result.json"
     path.write_text("old")

@@ -127,6 +127,27 @@ def test_poisson_prefix_is_the_shorter_workload():
     assert make_workload("poisson:rate=1,num=4", vocab_size=VOCAB).sha256 == whole.head(4).sha256
 
 
+def test_long_prompt_arrives_after_the_decoders_and_every_option_is_reported():
+    workload = make_workload("long-arrival", vocab_size=VOCAB)
+    assert prompt_lens(workload) == [128] * 16 + [16384]
+    assert [request.output_len for request in workload.requests] == [600] * 16 + [16]
+    assert [request.arrival_s for request in workload.requests] == [0.0] * 16 + [0.5]
+    assert workload.parameters == {
+        "decoders": 16, "input": 128, "output": 600, "prompt": 16384, "prompt_output": 16,
+        "at": 0.5, "seed": 0,
+    }  # fmt: skip
+    assert len({request.prompt_token_ids for request in workload.requests}) == 17
+
+
+def test_long_arrival_is_the_same_everywhere_and_small_where_it_is_asked_to():
+    spec = "long-arrival:decoders=2,input=4,output=6,prompt=32,prompt_output=3,at=0.25"
+    workload = make_workload(spec, vocab_size=VOCAB)
+    assert workload.sha256 == "c22397c1712326e100317a18557748668b021762a8442b5467b2d15ed92d7a3b"
+    assert make_workload(spec, vocab_size=VOCAB, seed=1).sha256 != workload.sha256
+    assert prompt_lens(workload) == [4, 4, 32]
+    assert (workload.requests[2].output_len, workload.requests[2].arrival_s) == (3, 0.25)
+
+
 def test_shared_prefix_requests_agree_within_a_group_only():
     workload = make_workload(
         "shared-prefix:groups=2,num=4,prefix=16,suffix=4-8,output=2", vocab_size=VOCAB
@@ -187,6 +208,17 @@ def test_azure_trace_replays_faster_and_reports_what_was_dropped(tmp_path):
     assert workload.name == "azure-num2-speed4-max_input100"
 
 
+def test_azure_at_eight_times_the_speed_ends_after_its_first_600_requests(tmp_path):
+    path = tmp_path / "conv.csv"
+    rows = [f"2023-11-16 18:{s // 60:02}:{s % 60:02},{s % 50 + 1},2" for s in range(0, 1400, 2)]
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows) + "\n")
+    workload = make_workload(f"azure:{path},speed=8,num=600", vocab_size=VOCAB)
+    arrivals = [request.arrival_s for request in workload.requests]
+    assert arrivals == [index * 2 / 8 for index in range(600)]
+    assert (workload.parameters["speed"], workload.parameters["num"]) == (8.0, 600)
+    assert workload.num_requests_before_cut == 700
+
+
 def test_mooncake_blocks_with_equal_ids_hold_equal_tokens(tmp_path):
     rows = [
         {"timestamp": 0, "input_length": 1030, "output_length": 1, "hash_ids": [0, 1, 2]},
@@ -236,6 +268,8 @@ def test_trace_of_which_nothing_is_left_is_refused(tmp_path):
         ("fixed:batch=3,7", "number of requests must be"),
         ("poisson:rate=nan", "rate must be a number above 0, got 'nan'"),
         ("poisson:rate=fast", "rate must be a number above 0, got 'fast'"),
+        ("long-arrival:at=0", "at must be a number above 0, got '0'"),
+        ("long-arrival:prompts=2", "unknown option 'prompts'; long-arrival takes: at, decoders"),
         ("poisson:input=9-3", "input must be a range"),
         ("poisson:input=a", "input must be a token count like 512 or a range like 100-1024"),
         ("chat:min_output=9,max_output=4", r"min_output \(9\) is above max_output \(4\)"),

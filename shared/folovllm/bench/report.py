@@ -11,6 +11,7 @@ import numpy as np
 from ..interfaces import StepStats
 from ..model.config import ModelConfig
 from ..workloads.workload import Workload
+from .late_requests import late_section, step_ranges
 from .metrics import RequestTimes, StepWork, latency_summary, summarise, throughput
 from .recorder import RequestRecord, RunRecord
 
@@ -33,7 +34,7 @@ def describe_workload(workload: Workload) -> dict[str, Any]:
 
 
 def speed_section(record: RunRecord, workload: Workload) -> dict[str, Any]:
-    """Duration, throughput and latencies."""
+    """Duration, throughput and latencies, and those around late requests where there are any."""
     times = [
         RequestTimes(request.arrival_s, record.token_times_s(request.request_id))
         for request in workload.requests
@@ -44,7 +45,12 @@ def speed_section(record: RunRecord, workload: Workload) -> dict[str, Any]:
         num_output_tokens=workload.num_output_tokens,
         duration_s=record.duration_s,
     )
-    return {"duration_s": record.duration_s, **rates, **latency_summary(times)}
+    return {
+        "duration_s": record.duration_s,
+        **rates,
+        **latency_summary(times),
+        **late_section(times, record.starts_s),
+    }
 
 
 def decode_step_summary(record: RunRecord) -> dict[str, Any]:
@@ -180,6 +186,7 @@ def _request_row(record: RunRecord, request: RequestRecord) -> dict[str, Any]:
         "arrival_s": source.arrival_s,
         "first_token_s": round(times[0], _DECIMALS),
         "last_token_s": round(times[-1], _DECIMALS),
+        "token_steps": step_ranges(request.steps),
         "finish_reason": request.finish_reason.value if request.finish_reason else None,
         "output_sha256": digest.hexdigest(),
     }

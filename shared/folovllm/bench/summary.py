@@ -19,6 +19,12 @@ def format_summary(result: dict[str, Any]) -> str:
         ("peak memory", f"{memory['total'] / 2**30:.2f} GiB"),
         ("duration", f"{result['duration_s']:.2f} s"),
     ]
+    if result.get("late_ttft_s") is not None:
+        rows += [
+            ("late TTFT p50 / p99", _milliseconds(result["late_ttft_s"])),
+            ("gap beside p50 / p99", _milliseconds(result["decoder_itl_beside_late_s"])),
+            ("worst gap beside", _worst(result["decoder_itl_beside_late_s"])),
+        ]
     graphs = result.get("cuda_graphs")
     if graphs:
         count, mib = len(graphs["shapes"]), graphs["num_bytes"] / 2**20
@@ -32,3 +38,7 @@ def _milliseconds(summary: dict[str, float | None]) -> str:
     """p50 and p99; a workload of one token per request has no gaps to summarise."""
     parts = (summary["p50"], summary["p99"])
     return " / ".join("–" if part is None else f"{part * 1000:.2f}" for part in parts) + " ms"
+
+
+def _worst(summary: dict[str, float | None]) -> str:
+    return "–" if summary["max"] is None else f"{summary['max'] * 1000:.2f} ms"

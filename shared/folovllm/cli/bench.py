@@ -21,7 +21,7 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="SPEC",
         help="nano, nano:8 (its first 8 requests), fixed:batch=8,input=512,output=128, chat, "
-        "poisson:…, shared-prefix:…, azure:PATH, mooncake:PATH, sharegpt:PATH",
+        "poisson:…, long-arrival:…, shared-prefix:…, azure:PATH, mooncake:PATH, sharegpt:PATH",
     )
     group.add_argument(
         "--output",

@@ -17,6 +17,7 @@ def workload_builders() -> dict[str, WorkloadBuilder]:
         "nano": _nano,
         "fixed": _fixed,
         "poisson": _poisson,
+        "long-arrival": _long_arrival,
         "shared-prefix": _shared_prefix,
         "chat": _chat,
         "azure": _azure,
@@ -54,6 +55,19 @@ def _poisson(options: WorkloadOptions, source: WorkloadSource) -> list[WorkloadR
         requests.append(_request(i, prompt, _draw(rng, output_range), arrival_s))
         arrival_s += rng.expovariate(rate)
     return requests
+
+
+def _long_arrival(options: WorkloadOptions, source: WorkloadSource) -> list[WorkloadRequest]:
+    """Some requests decode, then one with a long prompt arrives: who waits, and for how long?"""
+    decoders, input_len = options.integer("decoders", 16), options.integer("input", 128)
+    output_len, prompt_len = options.integer("output", 600), options.integer("prompt", 16384)
+    prompt_output_len = options.integer("prompt_output", 16)
+    at_s = options.positive_number("at", 0.5)
+    options.finish()
+    prompts = [source.random_tokens(f"{i}", input_len) for i in range(decoders)]
+    requests = _at_once((prompt, output_len) for prompt in prompts)
+    late_prompt = source.random_tokens("late", prompt_len)
+    return [*requests, _request(decoders, late_prompt, prompt_output_len, at_s)]
 
 
 def _shared_prefix(options: WorkloadOptions, source: WorkloadSource) -> list[WorkloadRequest]:

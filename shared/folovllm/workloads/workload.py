@@ -82,9 +82,10 @@ def make_workload(
     """Make the workload that `spec` names; the same arguments give the same sha256 anywhere.
 
     Specs: `nano`, `fixed:batch=8,input=512,output=128`, `poisson:rate=4,num=64`,
-    `shared-prefix:groups=4`, `chat`, each with an optional count first (`nano:8`) that cuts it to
-    its first requests; `azure:PATH`, `mooncake:PATH`, `sharegpt:PATH`. ValueError for an unknown
-    kind, option or value, and where a tokenizer or vocab_size is needed and missing.
+    `long-arrival:decoders=16,prompt=16384,at=0.5`, `shared-prefix:groups=4`, `chat`, each with an
+    optional count first (`nano:8`) that cuts it to its first requests; `azure:PATH`,
+    `mooncake:PATH`, `sharegpt:PATH`. ValueError for an unknown kind, option or value, and where a
+    tokenizer or vocab_size is needed and missing.
     """
     options = WorkloadOptions.parse(spec)
     builders = workload_builders()
