@@ -41,8 +41,8 @@ class StepPipeline:
             return StepOutput((), self.scheduler.advance(self.scheduler.schedule()))
         scheduler_output, stats, tokens = self.in_flight[0]
         output = self.scheduler.update(scheduler_output, tokens.wait(), stats)
-        self.in_flight.popleft()
-        return output
+        # In one line: an interrupt comes before, and the tokens are taken back, or after.
+        return (output, self.in_flight.popleft())[0]
 
     def _launch(self) -> bool:
         """Launch the next step; False if there is none, or if it needs tokens that are not here."""

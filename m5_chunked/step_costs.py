@@ -11,6 +11,8 @@ from .model_runner import ModelRunner
 from .scheduler import ScheduledRequest, SchedulerOutput
 
 _NUM_RUNS = 3
+_MOST_DECODES = 32
+"""Requests in the largest decode step that is timed: what a key costs does not need more."""
 
 
 def measure_step_cost(runner: ModelRunner) -> StepCost:
@@ -21,8 +23,9 @@ def measure_step_cost(runner: ModelRunner) -> StepCost:
     config = runner.config
     longest = config.max_model_len - 1
     largest = min(config.max_num_batched_tokens, config.max_model_len)
-    num_decodes = max(1, min(config.max_num_seqs, runner.kv_cache.num_tokens // (longest + 1)))
-    chunks = {largest, max(largest // 2, 1), max(largest // 8, 1)}
+    num_fitting = runner.kv_cache.num_tokens // (longest + 1)
+    num_decodes = max(1, min(_MOST_DECODES, config.max_num_seqs, num_fitting))
+    chunks = {max(largest // 2, 1), max(largest // 8, 1)}
     rows, seconds = [], []
     for num_requests, num_computed, num_new in [
         *((1, 0, n) for n in sorted(chunks)),
