@@ -93,7 +93,9 @@ def verdict(names: Sequence[str], runs: Sequence[Result], previous: Sequence[Res
     told = [_told(metric, _values(metric, runs), _values(metric, previous))
             for metric in (first, *others)]  # fmt: skip
     details = "; ".join(text for text in told if text is not None)
-    return f"{_opening(first, stage, mine, other, theirs)}: {details}."
+    fewest = min(len(mine), len(theirs))
+    basis = "one run each" if fewest == 1 else f"medians of {fewest} runs each"
+    return f"{_opening(first, stage, mine, other, theirs)}: {details} ({basis})."
 
 
 def _values(metric: Metric, runs: Sequence[Result]) -> list[float]:
