@@ -119,6 +119,14 @@ def _add_common_arguments(parser: argparse.ArgumentParser, profile: str) -> None
     add("--dtype", help="auto, float32, bfloat16 or float16")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--seed", type=int, default=0)
+    add(
+        "--stage-option",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="STAGE.OPTION=VALUE",
+        help="an engine option of one stage alone: m4_flash.max_num_batched_tokens=17408",
+    )
     add("--timeout", type=float, default=3600.0, help="seconds that one run may take")
 
 

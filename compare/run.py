@@ -69,6 +69,7 @@ def _settings(
         common={name: value for name, value in common.items() if value is not None},
         engine={**engine, **_engine_options(extra, stages)},
         stage_workloads=stage_workloads,
+        stage_engine=_stage_engine(options.stage_option, stages),
         timeout_s=options.timeout,
         root=options.root.absolute(),
         runs_folder=new_runs_folder(options.results),
@@ -88,6 +89,23 @@ def _stage_workloads(pairs: Sequence[str], stages: Sequence[Stage]) -> dict[str,
             )
         chosen[name] = spec
     return chosen
+
+
+def _stage_engine(texts: Sequence[str], stages: Sequence[Stage]) -> dict[str, dict[str, str]]:
+    """`["m4_flash.max_num_seqs=8"]` -> `{"m4_flash": {"max_num_seqs": "8"}}`; the last counts."""
+    known = {stage.name: stage.options for stage in stages}
+    found: dict[str, dict[str, str]] = {}
+    for text in texts:
+        place, equals, value = text.partition("=")
+        name, _, option = place.partition(".")
+        option = option.replace("-", "_")
+        if not equals or not value or option not in known.get(name, ()):
+            raise ValueError(
+                f"--stage-option takes STAGE.OPTION=VALUE with a stage that runs "
+                f"({', '.join(known)}) and an option of its EngineConfig, got {text!r}"
+            )
+        found.setdefault(name, {})[option] = value
+    return found
 
 
 def _engine_options(extra: Sequence[str], stages: Sequence[Stage]) -> dict[str, str]:

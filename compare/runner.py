@@ -28,6 +28,8 @@ class RunSettings:
     engine: Mapping[str, str]
     """Options of engine configurations; a stage gets those that its EngineConfig has."""
     stage_workloads: Mapping[str, str]
+    stage_engine: Mapping[str, Mapping[str, str]]
+    """Options of single engines by stage, in the place of those in `engine`."""
     timeout_s: float
     root: Path
     """Folder of the stages; the processes run in it."""
@@ -84,6 +86,7 @@ def bench_command(stage: Stage, settings: RunSettings, output: Path) -> list[str
     workload = settings.stage_workloads.get(stage.name, settings.workload)
     options = {**settings.common, "workload": workload, "output": str(output)}
     options |= {name: value for name, value in settings.engine.items() if name in stage.options}
+    options |= settings.stage_engine.get(stage.name, {})
     if settings.runs_per_process > 1 and not stage.is_peer:
         options["runs"] = str(settings.runs_per_process)
     for name, value in options.items():

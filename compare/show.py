@@ -23,6 +23,7 @@ def show(options: argparse.Namespace, extra: Sequence[str]) -> int:
     find_metrics(declared.metrics)  # fail now, not after the runs
     options.workload = options.workload or declared.workload
     options.stages = f"{declared.previous},{declared.stage}"
+    options.stage_option = [*_stage_options(declared), *options.stage_option]
     outcomes, settings = measure(options, [*_words(declared), *extra])
     runs = finished_runs(outcomes, commit=None)
     gate = check_gate(runs)
@@ -43,4 +44,10 @@ def show(options: argparse.Namespace, extra: Sequence[str]) -> int:
 
 def _words(declared: Show) -> list[str]:
     """The declared options as words of a command line; later words of a user replace them."""
-    return [f"--{name.replace('_', '-')}={value}" for name, value in declared.options.items()]
+    common = {name: value for name, value in declared.options.items() if "." not in name}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in common.items()]
+
+
+def _stage_options(declared: Show) -> list[str]:
+    """Those that are for one stage, as `--stage-option` takes them."""
+    return [f"{name}={value}" for name, value in declared.options.items() if "." in name]

@@ -22,7 +22,8 @@ class Show:
     chart: str
     """A name of `charts/draw.py`."""
     options: Mapping[str, str]
-    """Of the engines, as on a command line; a stage gets those that its EngineConfig has."""
+    """Of the engines, as on a command line: `max_num_seqs` for every stage that has it,
+    `m4_flash.max_num_seqs` for one."""
 
 
 def read_show(root: Path, name: str) -> Show:

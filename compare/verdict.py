@@ -81,8 +81,9 @@ def find_metrics(names: Sequence[str]) -> list[Metric]:
 def verdict(names: Sequence[str], runs: Sequence[Result], previous: Sequence[Result]) -> str:
     """Whether a stage is better than the one before it by the first of the metrics `names`.
 
-    Medians of the runs are compared. Where the ranges of the runs overlap the sentence claims no
-    difference, and a stage that is worse is called worse. The other metrics are only told.
+    Medians of the runs are compared. Where one lies in the range of the other stage's runs, the
+    sentence claims no difference; a stage that is worse is called worse. The other metrics are
+    only told.
     """
     first, *others = find_metrics(names)
     stage, other = runs[0]["stage"], previous[0]["stage"]
@@ -93,7 +94,9 @@ def verdict(names: Sequence[str], runs: Sequence[Result], previous: Sequence[Res
     told = [_told(metric, _values(metric, runs), _values(metric, previous))
             for metric in (first, *others)]  # fmt: skip
     details = "; ".join(text for text in told if text is not None)
-    return f"{_opening(first, stage, mine, other, theirs)}: {details}."
+    fewest = min(len(mine), len(theirs))
+    basis = "one run each" if fewest == 1 else f"medians of {fewest} runs each"
+    return f"{_opening(first, stage, mine, other, theirs)}: {details} ({basis})."
 
 
 def _values(metric: Metric, runs: Sequence[Result]) -> list[float]:
@@ -103,9 +106,10 @@ def _values(metric: Metric, runs: Sequence[Result]) -> list[float]:
 def _opening(
     metric: Metric, stage: str, mine: Sequence[float], other: str, theirs: Sequence[float]
 ) -> str:
-    if min(mine) <= max(theirs) and min(theirs) <= max(mine):
-        return f"{stage} differs from {other} here by no more than runs of one stage do"
-    is_higher = min(mine) > max(theirs)
+    value, base = statistics.median(mine), statistics.median(theirs)
+    if min(theirs) <= value <= max(theirs) or min(mine) <= base <= max(mine):
+        return f"{stage} and {other} cannot be told apart here, so much do runs of one stage differ"
+    is_higher = value > base
     is_better = is_higher is (metric.better is Better.HIGHER)
     return f"{stage} is {'better' if is_better else 'worse'} than {other} here"
 

@@ -1,4 +1,5 @@
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,25 @@ def test_user_replaces_workload_and_options_of_a_show(root):
     assert options["--model"] == "toy" and options["--max-model-len"] == "64"
 
 
+def test_option_of_one_stage_is_declared_with_its_name_and_a_user_may_replace_it(root):
+    text = DECLARED.replace("options = {", 'options = { "m1_baseline.max_model_len" = "32",')
+    (root / "m0_infra/stages.toml").write_text(text)
+    two_stages(root)
+    assert main([*SHOW, "--repeats", "1"]) == 0
+    options = dict(calls(root))
+    assert options["m1_baseline"]["--max-model-len"] == "32"
+    assert options["m2_batching"]["--max-model-len"] == "64"
+    assert main([*SHOW, "--repeats", "1", "--stage-option", "m1_baseline.max-model-len=16"]) == 0
+    assert dict(calls(root))["m1_baseline"]["--max-model-len"] == "16"
+
+
+@pytest.mark.parametrize("text", ["m1_baseline.speed=1", "m9.max_model_len=1", "max_model_len=1"])
+def test_option_of_one_stage_that_it_does_not_have_is_refused(root, capsys, text):
+    two_stages(root)
+    assert main([*SHOW, "--stage-option", text]) == 2
+    assert "--stage-option takes STAGE.OPTION=VALUE" in capsys.readouterr().err
+
+
 def test_stages_that_disagree_get_no_verdict(root, capsys):
     other = make_run("m2_batching", rate=60.0)
     other["gate"]["tokens"] = [[5, 6, 7, 8], [9, 10, 11, 13]]
@@ -137,7 +157,9 @@ def test_every_stage_declares_what_can_be_run_read_and_drawn(name):
     workload = make_workload(shown.workload, tokenizer=AnyTokenizer(), vocab_size=49152)
     longest = max(len(r.prompt_token_ids) + r.output_len for r in workload.requests)
     assert longest <= int(shown.options["max_model_len"])
-    assert shown.options.keys() <= stages[shown.stage].options | stages[shown.previous].options
+    pair = {key: stages[key].options for key in (shown.stage, shown.previous)}
+    known = {*chain(*pair.values()), *(f"{key}.{name}" for key in pair for name in pair[key])}
+    assert shown.options.keys() <= known
     late: Any = with_late_request(make_run(name), [1.0])
     assert shown.chart in charts_of([late])
 
@@ -147,7 +169,7 @@ def runs(stage, *rates, batch=1):
 
 
 def test_verdict_states_medians_and_factors_of_every_metric():
-    mine, theirs = runs("m2_batching", 60.0, 50.0, 70.0, batch=4), runs("m1_baseline", 20.0)
+    mine, theirs = runs("m2_batching", 60.0, 50.0, 70.0, batch=4), runs("m1_baseline", *[20.0] * 3)
     for run in mine:
         run |= {"output_tokens_per_s": 50.0, "ttft_s": {"p50": 0.5}}
     for run in theirs:
@@ -156,7 +178,7 @@ def test_verdict_states_medians_and_factors_of_every_metric():
     assert verdict(names, mine, theirs) == (
         "m2_batching is better than m1_baseline here: output tokens per second 50.0 against 20.0, "
         "2.50× as many; requests at once 4 against 1, 4.00× as many; median time to first "
-        "token 500 ms against 2.00 s, 4.00× shorter."
+        "token 500 ms against 2.00 s, 4.00× shorter (medians of 3 runs each)."
     )
 
 
@@ -170,10 +192,18 @@ def test_slower_stage_is_called_worse():
     assert "m3_paged is worse" in text and "300 ms against 100 ms, 3.00× longer" in text
 
 
-def test_ranges_of_runs_that_overlap_are_no_difference():
-    mine, theirs = runs("m3_paged", 20.0, 40.0), runs("m2_batching", 30.0, 10.0)
-    text = verdict(["output_tokens_per_s"], mine, theirs)
-    assert text.startswith("m3_paged differs from m2_batching here by no more than runs of one")
+@pytest.mark.parametrize(
+    ("rates", "opening"),
+    [
+        ((10.0, 29.0, 40.0), "m3_paged and m2_batching cannot be told apart here"),
+        ((29.0, 31.0, 40.0), "m3_paged is better than m2_batching here"),
+        ((5.0, 9.0, 11.0), "m3_paged is worse than m2_batching here"),
+        ((5.0, 9.0, 31.0), "m3_paged and m2_batching cannot be told apart here"),
+    ],
+)
+def test_median_within_the_range_of_the_other_runs_is_no_difference(rates, opening):
+    mine, theirs = runs("m3_paged", *rates), runs("m2_batching", 10.0, 20.0, 30.0)
+    assert verdict(["output_tokens_per_s"], mine, theirs).startswith(f"{opening}")
 
 
 def test_worst_gap_decides_where_a_late_prompt_arrives():
@@ -183,7 +213,7 @@ def test_worst_gap_decides_where_a_late_prompt_arrives():
     assert verdict(names, chunked, stalled) == (
         "m5_chunked is better than m4_flash here: worst gap between tokens beside the late prompt "
         "100 ms against 1.50 s, 15.0× shorter; time to first token of the late prompt 520 ms "
-        "against 1.52 s, 2.92× shorter."
+        "against 1.52 s, 2.92× shorter (one run each)."
     )
     nobody = make_run("m4_flash")
     text = verdict(names, chunked, [nobody])
