@@ -86,7 +86,7 @@ def test_budget_is_used_to_its_last_token_and_no_further() -> None:
     add(scheduler, "b", 20)
     add(scheduler, "c", 1)
     assert advance(scheduler) == {"a": 20, "b": 20}
-    scheduler = make_scheduler(num_blocks=16, max_num_batched_tokens=40)
+    scheduler = make_scheduler(num_blocks=32, max_num_batched_tokens=40)
     add(scheduler, "a", 20)
     add(scheduler, "b", 21)
     assert advance(scheduler) == {"a": 20, "b": 20}
