@@ -35,14 +35,16 @@ class StepPipeline:
 
     def step(self) -> StepOutput:
         """Launch what may be launched; return the tokens of the oldest step, once they are here."""
+        if self.scheduler.has_lost_requests():
+            self.start_over()  # with the steps in flight, whose tokens would come twice
         while len(self.in_flight) <= self.num_ahead and self._launch():
             pass
         if not self.in_flight:
             return StepOutput((), self.scheduler.advance(self.scheduler.schedule()))
         scheduler_output, stats, tokens = self.in_flight[0]
         output = self.scheduler.update(scheduler_output, tokens.wait(), stats)
-        # In one line: an interrupt comes before, and the tokens are taken back, or after.
-        return (output, self.in_flight.popleft())[0]
+        # In one line: an interrupt comes before, and the tokens go back, or when they are reported.
+        return StepOutput(output.tokens, self.in_flight.popleft().stats)
 
     def _launch(self) -> bool:
         """Launch the next step; False if there is none, or if it needs tokens that are not here."""
@@ -60,5 +62,5 @@ class StepPipeline:
     def start_over(self) -> None:
         """Forget all steps in flight, also one of which some tokens were recorded, not reported."""
         oldest = self.in_flight[0].scheduler_output if self.in_flight else None
-        self.in_flight.clear()
         self.scheduler.start_over(oldest)
+        self.in_flight.clear()  # last: if Ctrl-C comes again before, the next step starts over

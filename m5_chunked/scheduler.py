@@ -85,7 +85,7 @@ class Scheduler:
         if request is None:
             return
         queue = self._queue_of(request.status)
-        # In one line: an interrupt comes before or after, and `schedule` tidies up what is left.
+        # In one line: an interrupt comes before or after; see `has_lost_requests`.
         self.requests.pop(request_id).finish(FinishReason.ABORT)
         self.kv_cache_manager.free(request)
         queue.remove(request)
@@ -93,10 +93,12 @@ class Scheduler:
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
 
+    def has_lost_requests(self) -> bool:
+        """Whether an abort or an arrival broke off where a request was in no queue (Ctrl-C)."""
+        return len(self.waiting) + len(self.swapped) + len(self.running) != len(self.requests)
+
     def schedule(self) -> SchedulerOutput:
         """Give out the budget: to all that run, then to swapped requests, then to prompts."""
-        if len(self.waiting) + len(self.swapped) + len(self.running) != len(self.requests):
-            self.start_over()  # Ctrl-C came where a request was in no queue
         self.chunk_sizes.start_step(self.running)
         block_copies: list[BlockCopy] = []
         num_held = len(self.running)
@@ -267,7 +269,7 @@ class Scheduler:
             strict=True,
         ):
             request = scheduled.request
-            if num_tokens is None or request.finish_reason is not None:
+            if num_tokens != len(request.token_ids) or request.finish_reason is not None:
                 continue  # a chunk; or it ended, or was aborted, since the step was scheduled
             status = request.status
             finish_reason = request.append_output_token(token_id)

@@ -17,8 +17,9 @@ from folovllm.testing.driver import drain, make_requests, random_prompts
 from folovllm.testing.fake_graphs import FakeGraphRecorder
 from folovllm.testing.toy_models import toy_families, write_toy_model
 from m5_chunked.config import AttentionBackend, EngineConfig
-from m5_chunked.cuda_graph import StepGraphs, decode_shapes, prompt_shapes
+from m5_chunked.cuda_graph import StepGraphs, StepShape, decode_shapes, mixed_shapes
 from m5_chunked.engine import LLMEngine
+from m5_chunked.scheduler import SchedulerOutput
 from m5_chunked.tests.mixed_steps import DEVICES, needs_cuda
 
 SIZES = [1, 2, 4, 8, 16, 20]
@@ -82,9 +83,11 @@ def eager_engine(model: CausalLM, **options) -> LLMEngine:
 def planned_graphs(config: EngineConfig) -> StepGraphs:
     """What is captured for this config, without capturing it, which needs no GPU."""
     graphs = StepGraphs.__new__(StepGraphs)
-    graphs._decode_shapes = decode_shapes(min(config.max_graph_size, config.max_num_seqs))
-    graphs._prompt_shapes = prompt_shapes(min(config.max_graph_prompt_len, config.max_model_len))
-    graphs.graphs = {shape: shape for shape in graphs._decode_shapes + graphs._prompt_shapes}
+    max_size = min(config.max_graph_size, config.max_num_seqs)
+    graphs._decode_shapes = decode_shapes(max_size)
+    max_tokens = min(config.max_graph_tokens, config.max_num_batched_tokens)
+    graphs._mixed_shapes = sorted(mixed_shapes(max_tokens, max_size))
+    graphs.graphs = {shape: shape for shape in graphs._decode_shapes + graphs._mixed_shapes}
     return graphs
 
 
@@ -94,32 +97,38 @@ class Replays:
     def __init__(self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.decodes: list[tuple[int, int]] = []
         """(requests that the graph holds, requests that it served) per step"""
-        self.prompts: list[tuple[int, int]] = []
-        """(tokens that the graph holds, tokens of the prompt) per step"""
+        self.mixed: list[tuple[StepShape, StepShape]] = []
+        """(what the graph holds, what it served) per step with several tokens of a request"""
         runner = engine.model_runner
         replay, prepare_inputs = runner._replay, runner.prepare_inputs
         assert runner.graphs is not None
-        num_tokens = num_requests = 0
+        served = StepShape(0, 0)
 
-        def record(shape: tuple[int, int]) -> None:
-            if shape[0] == shape[1]:
-                self.decodes.append((shape[1], num_requests))
+        def record(shape: StepShape) -> None:
+            if shape.num_tokens == shape.num_requests:
+                self.decodes.append((shape.num_requests, served.num_requests))
             else:
-                assert shape[1] == num_requests == 1
-                self.prompts.append((shape[0], num_tokens))
+                self.mixed.append((shape, served))
 
         def recorded_inputs(scheduler_output):
-            nonlocal num_tokens, num_requests
+            nonlocal served
             num_tokens = sum(s.num_scheduled_tokens for s in scheduler_output.scheduled)
-            num_requests = len(scheduler_output.scheduled)
+            served = StepShape(num_tokens, len(scheduler_output.scheduled))
             return prepare_inputs(scheduler_output)
 
         def recorded_replay(graph, requests):
-            record((len(graph.batch.input_ids), len(graph.batch.seq_lens)))
+            record(StepShape(len(graph.batch.input_ids), len(graph.batch.seq_lens)))
             return replay(graph, requests)
 
         monkeypatch.setattr(runner, "prepare_inputs", recorded_inputs)
         monkeypatch.setattr(runner, "_replay", recorded_replay)
+
+
+def execute(engine: LLMEngine, scheduled: SchedulerOutput) -> None:
+    """Compute a step that was scheduled, and record its tokens."""
+    tokens = engine.model_runner.launch(scheduled)
+    stats = engine.scheduler.advance(scheduled)
+    engine.scheduler.update(scheduled, tokens.wait(), stats)
 
 
 def size_of(num_requests: int) -> int:

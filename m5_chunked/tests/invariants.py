@@ -1,4 +1,4 @@
-"""What must hold in M4 after every step."""
+"""What must hold in M5 after every step."""
 
 from folovllm.testing import invariants
 from m5_chunked.engine import LLMEngine
@@ -6,4 +6,4 @@ from m5_chunked.engine import LLMEngine
 
 def check_blocks(engine: LLMEngine) -> None:
     """Every block is free or named by as many tables as its reference count says."""
-    invariants.check_blocks(engine.scheduler)
+    invariants.check_blocks(engine.scheduler, invariants.ChunkedProgress())

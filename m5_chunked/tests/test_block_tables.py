@@ -13,7 +13,7 @@ from folovllm.testing.driver import drain, make_requests, random_prompts
 from folovllm.testing.engine_contract import toy_model
 from folovllm.testing.line_interrupts import LineInterrupt
 from m5_chunked import block_tables
-from m5_chunked.block_tables import BlockTables
+from m5_chunked.block_tables import BlockTables, LastBlocks
 from m5_chunked.config import PreemptionMode
 from m5_chunked.kv_cache_manager import CopyKind
 from m5_chunked.scheduler import ScheduledRequest
@@ -41,8 +41,13 @@ def share(request_id: str, table: list[int], num_tokens: int = 1) -> ScheduledRe
     return ScheduledRequest(request, num_tokens, table)
 
 
+def assign(tables: BlockTables, scheduled: list[ScheduledRequest]) -> LastBlocks:
+    """The step ends in the last block of everybody's table."""
+    return tables.assign(scheduled, np.array([len(s.block_table) - 1 for s in scheduled]))
+
+
 def rows_of(tables: BlockTables, scheduled: list[ScheduledRequest]) -> np.ndarray:
-    return tables.assign(scheduled).rows
+    return assign(tables, scheduled).rows
 
 
 def check_rows(tables: BlockTables, rows: np.ndarray, scheduled: list[ScheduledRequest]) -> None:
@@ -70,13 +75,13 @@ def test_interrupt_at_any_line_costs_no_row() -> None:
     for line_number in count(1):
         tables = BlockTables(2, num_columns=4, device=torch.device("cpu"))
         left = [share("a", [0, 1]), share("b", [2])]
-        tables.assign(left)
+        assign(tables, left)
         for s in left:
             s.request.status = RequestStatus.FINISHED
         c, d = share("c", [3]), share("d", [4, 5])
         interrupt = LineInterrupt([block_tables.__file__], line_number)
         with contextlib.suppress(KeyboardInterrupt), interrupt:
-            tables.assign([c, d])
+            assign(tables, [c, d])
         # The step is done again, with new lists; then c goes on and somebody else comes.
         for names in ("cd", "ce"):
             d.request.status = RequestStatus.FINISHED
@@ -245,14 +250,14 @@ def test_attention_sees_the_managers_tables_whatever_happens(toy_model, monkeypa
     runner, manager = engine.model_runner, engine.kv_cache_manager
     seen_kinds: set[CopyKind] = set()
     num_checks = 0
-    execute, attend = runner.execute, runner.attention.forward
+    launch, attend = runner.launch, runner.attention.forward
     scheduled: tuple[ScheduledRequest, ...] = ()
 
-    def execute_and_note(scheduler_output):
+    def launch_and_note(scheduler_output):
         nonlocal scheduled
         scheduled = scheduler_output.scheduled
         seen_kinds.update(copy.kind for copy in scheduler_output.block_copies)
-        return execute(scheduler_output)
+        return launch(scheduler_output)
 
     def attend_and_check(metadata, *args):
         nonlocal num_checks
@@ -262,7 +267,7 @@ def test_attention_sees_the_managers_tables_whatever_happens(toy_model, monkeypa
             num_checks += 1
         return attend(metadata, *args)
 
-    monkeypatch.setattr(runner, "execute", execute_and_note)
+    monkeypatch.setattr(runner, "launch", launch_and_note)
     monkeypatch.setattr(runner.attention, "forward", attend_and_check)
     requests: list[Request] = []
     for index, prompt in enumerate(random_prompts(seed=seed, count=4, vocab_size=199, max_len=20)):

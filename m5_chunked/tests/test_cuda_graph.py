@@ -11,13 +11,14 @@ import torch
 from folovllm.request import Request
 from folovllm.testing.driver import check_step, drain, make_requests, random_prompts
 from m5_chunked.config import AttentionBackend, EngineConfig, PreemptionMode
-from m5_chunked.cuda_graph import GraphRecorder, StepShape, decode_shapes, prompt_shapes
+from m5_chunked.cuda_graph import GraphRecorder, StepShape, decode_shapes, mixed_shapes
 from m5_chunked.tests.graphed_engines import (
     SIZES,
     Replays,
     check_changes,
     cuda_model,
     eager_engine,
+    execute,
     greedy,
     make_engine,
     model,
@@ -55,11 +56,9 @@ def test_captured_decode_steps_end_with_the_largest_batch() -> None:
         assert sizes(max_size)[-1] == max_size
 
 
-def test_captured_prompts_double_up_to_the_longest() -> None:
-    def lengths(max_len: int) -> list[int]:
-        shapes = prompt_shapes(max_len)
-        assert all(shape.num_requests == 1 for shape in shapes)
-        return [shape.num_tokens for shape in shapes]
+def test_captured_mixed_steps_double_up_to_the_longest() -> None:
+    def lengths(max_tokens: int) -> list[int]:
+        return [shape.num_tokens for shape in mixed_shapes(max_tokens, max_size=1)]
 
     assert lengths(0) == lengths(1) == []  # a prompt of one token is a decode step
     assert lengths(2) == [2]
@@ -69,15 +68,26 @@ def test_captured_prompts_double_up_to_the_longest() -> None:
     assert lengths(600) == [64, 128, 256, 512, 600]
 
 
+def test_captured_mixed_steps_have_more_tokens_than_requests() -> None:
+    assert mixed_shapes(100, 20) == [(64, 1), (64, 8), (64, 20), (100, 1), (100, 8), (100, 20)]
+    assert mixed_shapes(80, 256) == [(64, 1), (64, 8), (64, 32), (80, 1), (80, 8), (80, 32)]
+    assert mixed_shapes(2048, 256)[-4:] == [(2048, 1), (2048, 8), (2048, 32), (2048, 256)]
+    assert mixed_shapes(8, 8) == [(8, 1)]
+
+
 def test_smallest_graph_that_holds_the_step_is_found() -> None:
-    graphs = planned_graphs(EngineConfig(max_model_len=100, max_num_seqs=20))
+    graphs = planned_graphs(EngineConfig(max_num_batched_tokens=100, max_num_seqs=20))
     decodes = [graphs.find(count, count) for count in range(1, 22)]
     sizes = [1, 2, 4, 4, *[8] * 4, *[16] * 8, *[20] * 4]
     assert decodes == [*[StepShape(size, size) for size in sizes], None]
     prompts = [graphs.find(num_tokens, 1) for num_tokens in (2, 3, 20, 63, 64, 65, 100, 101)]
     assert prompts == [*[StepShape(64, 1)] * 5, *[StepShape(100, 1)] * 2, None]
-    # Two prompts, and a prompt beside a single token.
-    assert graphs.find(8, 2) is graphs.find(5, 2) is None
+    # Two prompts, and a prompt beside single tokens.
+    assert graphs.find(8, 2) == graphs.find(10, 8) == StepShape(64, 8)
+    assert graphs.find(10, 9) == graphs.find(64, 20) == StepShape(64, 20)
+    assert graphs.find(65, 2) == StepShape(100, 8)
+    assert graphs.find(65, 20) == StepShape(100, 20)
+    assert graphs.find(65, 21) is graphs.find(101, 2) is None
 
 
 @pytest.mark.parametrize(
@@ -94,7 +104,7 @@ def test_nothing_is_captured_where_it_is_not_wanted_or_impossible(model, options
 def test_every_size_is_captured_and_its_cost_reported(cuda_model) -> None:
     graphs = make_engine(cuda_model).model_runner.graphs
     assert graphs is not None
-    assert sorted(graphs.graphs) == sorted([*decode_shapes(20), StepShape(64, 1)])
+    assert sorted(graphs.graphs) == sorted(decode_shapes(20) + mixed_shapes(1024, 20))
     assert graphs.capture_s > 0
     assert graphs.num_bytes > 0
 
@@ -123,7 +133,7 @@ def test_memory_that_does_not_suffice_is_refused(cuda_model, monkeypatch) -> Non
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(GraphRecorder, "record", out_of_memory)
-    with pytest.raises(ValueError, match="graphs of up to 64 tokens; lower .* enforce_eager"):
+    with pytest.raises(ValueError, match="graphs of up to 1024 tokens; lower .* enforce_eager"):
         make_engine(cuda_model)
 
 
@@ -193,7 +203,7 @@ def test_prompts_of_one_token_are_a_decode_step(model, monkeypatch) -> None:
 
 def test_replay_changes_no_slot_but_those_of_its_tokens(model, monkeypatch) -> None:
     """Padding has slot -1: it must not end up in the last slot, nor in anybody's."""
-    engine = make_engine(model, num_blocks=80)
+    engine = make_engine(model, num_blocks=80, async_scheduling=False)
     replays = Replays(engine, monkeypatch)
     runner, block_size = engine.model_runner, engine.config.block_size
     # The last request leaves after every step: the rows behind the others were its own before.
@@ -213,7 +223,7 @@ def test_replay_changes_no_slot_but_those_of_its_tokens(model, monkeypatch) -> N
             tables[name][position // block_size] * block_size + position % block_size
             for name, position in positions.items()
         }
-        engine.scheduler.update(scheduled, runner.execute(scheduled))
+        execute(engine, scheduled)
         check_changes(runner.kv_cache.kv, before, expected)
     assert set(replays.decodes) == {(8, 7), (8, 6), (8, 5), (4, 4), (4, 3), (2, 2), (1, 1)}
 
@@ -326,7 +336,7 @@ def test_step_that_is_broken_off_can_be_repeated(model, monkeypatch, mode) -> No
     prompts = prompts_of(5)
     expected = serve(eager_engine(model), prompts, tempered(20))
     runner, interrupts = engine.model_runner, Interrupts()
-    interrupts.into(monkeypatch, runner, "execute", every=5)
+    interrupts.into(monkeypatch, runner, "launch", every=5)
     interrupts.into(monkeypatch, runner, "prepare_inputs", every=7)
     interrupts.into(monkeypatch, runner, "_replay", every=3)
     requests = make_requests(prompts, tempered(20), seeds=range(5))
@@ -341,7 +351,7 @@ def test_step_that_is_broken_off_can_be_repeated(model, monkeypatch, mode) -> No
         except KeyboardInterrupt:
             continue
     assert [request.output_token_ids for request in requests] == expected
-    names = ("execute", "prepare_inputs", "_replay")
+    names = ("launch", "prepare_inputs", "_replay")
     assert interrupts.seen == {(name, when) for name in names for when in ("before", "after")}
 
 
@@ -354,7 +364,10 @@ def test_fuzz_of_arrivals_sizes_and_settings(model, seed) -> None:
         "max_num_seqs": rng.choice([1, 3, 7, 20]),
         "num_blocks": -(-64 // block_size) + rng.randrange(12),
         "max_graph_size": rng.choice([1, 2, 5, 256]),
-        "max_graph_prompt_len": rng.choice([0, 2, 20, 512]),
+        "max_graph_tokens": rng.choice([0, 2, 20, 512]),
+        "max_num_batched_tokens": rng.choice([20, 40, 1024]),
+        "max_chunk_tokens": rng.choice([None, 1, 7, block_size + 1]),
+        "async_scheduling": rng.choice([True, False]),
         "preemption_mode": rng.choice(list(PreemptionMode)),
         "swap_cache_tokens": rng.choice([0, 40, 400]),
     }
@@ -373,7 +386,7 @@ def test_fuzz_of_arrivals_sizes_and_settings(model, seed) -> None:
 
 @torch.inference_mode()
 def test_preparing_a_decode_step_waits_for_nothing(cuda_model) -> None:
-    engine = make_engine(cuda_model)
+    engine = make_engine(cuda_model, async_scheduling=False)
     requests: list[Request] = make_requests(prompts_of(3), tempered(20), seeds=range(3))
     for request in requests:
         engine.add_request(request)
@@ -390,7 +403,7 @@ def test_preparing_a_decode_step_waits_for_nothing(cuda_model) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert step is graph
-    engine.scheduler.update(scheduled, runner.execute(scheduled))
+    execute(engine, scheduled)
     drain(engine, [])
     assert [r.output_token_ids for r in requests] == serve(
         eager_engine(cuda_model), prompts_of(3), tempered(20)

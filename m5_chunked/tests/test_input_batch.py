@@ -160,3 +160,42 @@ def test_columns_are_in_the_order_of_the_fields_that_they_fill() -> None:
     assert (batch.min_query_len, batch.max_query_len, batch.max_seq_len) == (1, 2, 5)
     for name, column in zip(COLUMNS, host.columns, strict=True):
         assert torch.equal(getattr(batch, name), torch.from_numpy(column)), name
+
+
+def test_chunk_of_a_prompt_ends_where_its_last_token_is_and_not_where_its_table_does() -> None:
+    tables = make_tables()
+    (request,) = make_requests([[11, 12, 13, 14, 15, 16, 17, 18, 19]], SamplingParams(max_tokens=1))
+    table = [7, 2, 5]
+    batches = []
+    for num_tokens in (5, 3, 1):
+        share = ScheduledRequest(request, num_tokens, table)
+        batches.append(values(gather_batch([share], tables, block_size=4)))
+        request.num_computed_tokens += num_tokens
+    assert [batch["input_ids"] for batch in batches] == [[11, 12, 13, 14, 15], [16, 17, 18], [19]]
+    assert [batch["positions"] for batch in batches] == [[0, 1, 2, 3, 4], [5, 6, 7], [8]]
+    assert [b["slot_mapping"] for b in batches] == [[28, 29, 30, 31, 8], [9, 10, 11], [20]]
+    assert [(b["table_entries"], b["last_block_ids"]) for b in batches] == [
+        ([1], [2]),
+        ([1], [2]),
+        ([2], [5]),
+    ]
+    assert [batch["seq_lens"] for batch in batches] == [[5], [8], [9]]
+    assert tables.host[0].tolist() == table
+
+
+def test_token_that_the_host_does_not_know_is_named_by_the_row_of_its_request() -> None:
+    tables = make_tables()
+    requests = make_requests([[11, 12], [21, 22, 23]], SamplingParams(max_tokens=4))
+    gather_batch(
+        [ScheduledRequest(r, r.num_tokens, [i]) for i, r in enumerate(requests)], tables, 4
+    )
+    for request in requests:
+        request.num_computed_tokens = request.num_tokens
+        request.num_pending_tokens = 1
+    pending = [ScheduledRequest(r, 1, [i]) for i, r in enumerate(requests)]
+    batch = values(gather_batch(pending[::-1], tables, block_size=4))
+    assert (batch["table_rows"], batch["input_ids"]) == ([1, 0], [-2, -1])
+    assert batch["positions"] == [3, 2]
+    requests[0].append_output_token(13)
+    batch = values(gather_batch(pending, tables, block_size=4))
+    assert batch["input_ids"] == [13, -2]

@@ -31,7 +31,8 @@ def add(scheduler: Scheduler, name: str, prompt_len: int, max_tokens: int = 9, *
 
 def record(scheduler: Scheduler, output: SchedulerOutput):
     n = len(output.scheduled)
-    return scheduler.update(output, SamplerOutput(token_ids=[7] * n, logprobs=[None] * n))
+    stats = scheduler.advance(output)
+    return scheduler.update(output, SamplerOutput(token_ids=[7] * n, logprobs=[None] * n), stats)
 
 
 def advance(scheduler: Scheduler) -> dict[str, int]:
@@ -85,11 +86,14 @@ def test_budget_is_used_to_its_last_token_and_no_further() -> None:
     add(scheduler, "b", 20)
     add(scheduler, "c", 1)
     assert advance(scheduler) == {"a": 20, "b": 20}
-    scheduler = make_scheduler(num_blocks=16, max_num_batched_tokens=40)
+    scheduler = make_scheduler(num_blocks=32, max_num_batched_tokens=40)
     add(scheduler, "a", 20)
     add(scheduler, "b", 21)
-    assert advance(scheduler) == {"a": 20}
-    assert advance(scheduler) == {"b": 21}
+    assert advance(scheduler) == {"a": 20, "b": 20}
+    assert advance(scheduler) == {"a": 1, "b": 1}
+    add(scheduler, "c", 39)
+    assert advance(scheduler) == {"a": 1, "b": 1, "c": 38}
+    assert advance(scheduler) == {"a": 1, "b": 1, "c": 1}
 
 
 def test_every_running_request_keeps_a_spare_block_when_another_is_admitted() -> None:
@@ -170,7 +174,7 @@ def test_waiting_request_before_a_swapped_one_is_admitted_first() -> None:
     scheduler, taken = swapped_scheduler(scheduling_policy=SchedulingPolicy.PRIORITY)
     add(scheduler, "c", 1, priority=0)
     give_back(scheduler, taken, 4)
-    assert advance(scheduler) == {"c": 1}
+    assert advance(scheduler) == {"a": 1, "c": 1}
     assert [r.request_id for r in scheduler.swapped] == ["b"]
 
 
@@ -241,10 +245,10 @@ def test_fork_waits_for_its_parents_prompt_and_then_shares_it() -> None:
     parent = scheduler.requests["a"]
     add(scheduler, "b", 10, fork_of=parent)
     add(scheduler, "c", 3)
-    assert advance(scheduler) == {"a": 10}
-    assert advance(scheduler) == {"b": 1, "c": 3}
+    assert advance(scheduler) == {"a": 10, "c": 3}
+    assert advance(scheduler) == {"a": 1, "c": 1, "b": 1}
     tables = scheduler.kv_cache_manager.block_tables
-    assert tables == {"a": [0, 1, 2], "b": [0, 1, 3], "c": [4]}
+    assert tables == {"a": [0, 1, 2], "b": [0, 1, 4], "c": [3]}
 
 
 def test_fork_that_is_not_admitted_gives_back_what_it_shares() -> None:
@@ -271,8 +275,8 @@ def test_beam_starts_where_its_parent_is() -> None:
     child = make_request("b", 9, fork_of=parent)
     child.token_ids[:] = parent.token_ids
     scheduler.add_request(child)
-    assert advance(scheduler) == {"b": 1}
-    assert scheduler.kv_cache_manager.block_tables == {"a": [0, 1], "b": [0, 1, 2]}
+    assert advance(scheduler) == {"a": 1, "b": 1}
+    assert scheduler.kv_cache_manager.block_tables == {"a": [0, 1, 2], "b": [0, 1, 3]}
 
 
 def test_fork_of_a_preempted_parent_computes_its_own_prompt() -> None:

@@ -1,21 +1,29 @@
-"""M4's bookkeeping keeps the contract of every scheduler."""
+"""M5's bookkeeping keeps the contract of every scheduler, also with steps launched ahead."""
 
 import random
-from typing import Any
+from typing import Any, ClassVar
 
+from folovllm.testing.chunked_driver import ChunkedDriver
 from folovllm.testing.scheduler_contract import SchedulerContract
+from folovllm.testing.scheduler_driver import SchedulerDriver
 from m5_chunked.config import PreemptionMode, SchedulingPolicy
 
 
 class TestSchedulerContract(SchedulerContract):
     stage = "m5_chunked"
+    num_ahead: ClassVar[int] = 0
+
+    def make_driver(self, config: Any, num_cache_tokens: int) -> SchedulerDriver:
+        plain = super().make_driver(config, num_cache_tokens)
+        return ChunkedDriver(plain.scheduler, plain.cache, self.count_tokens, self.num_ahead)
 
     def draw_options(self, rng: random.Random) -> dict[str, Any]:
         max_model_len, max_num_seqs = rng.choice([6, 16, 40]), rng.randint(1, 6)
         return {
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max(max_model_len, max_num_seqs) + rng.randrange(40),
+            "max_num_batched_tokens": max_num_seqs + rng.choice([0, 1, 3, 10, 60]),
+            "max_chunk_tokens": rng.choice([None, None, 1, 2, 3, 5, 16]),
             "scheduling_policy": rng.choice(list(SchedulingPolicy)),
             "block_size": rng.choice([1, 2, 3, 4, 7, 16, 64]),
             "preemption_mode": rng.choice(list(PreemptionMode)),
@@ -33,7 +41,7 @@ class TestSchedulerContract(SchedulerContract):
     def scenarios(self) -> dict[str, dict[str, Any]]:
         options = {
             "max_model_len": 12,
-            "max_num_batched_tokens": 12,
+            "max_num_batched_tokens": 5,
             "max_num_seqs": 4,
             "block_size": 2,
             "num_cache_tokens": 16,
@@ -42,3 +50,7 @@ class TestSchedulerContract(SchedulerContract):
             mode.value: {**options, "preemption_mode": mode, "swap_cache_tokens": 8}
             for mode in PreemptionMode
         }
+
+
+class TestSchedulerContractOneStepAhead(TestSchedulerContract):
+    num_ahead = 1

@@ -231,4 +231,5 @@ class Request:
     def finish(self, reason: FinishReason) -> None:
         self.status = RequestStatus.FINISHED
         self.finish_reason = reason
+        self.num_pending_tokens = 0  # what is on its way is nobody's
         self.fork_of = None  # or the last beam of a search keeps all its ancestors alive

@@ -103,3 +103,17 @@ def test_finished_request_lets_go_of_the_one_it_forked_from(reason: FinishReason
     request = make_request(fork_of=make_request())
     request.finish(reason)
     assert request.fork_of is None
+
+
+@pytest.mark.parametrize("reason", FinishReason)
+def test_finished_request_waits_for_no_token(reason: FinishReason) -> None:
+    """One that was computed once too often has a token on its way that is not its own."""
+    request = Request(
+        request_id="a", prompt_token_ids=[1, 2], sampling_params=SamplingParams(max_tokens=9)
+    )
+    request.num_pending_tokens = 2
+    assert (request.num_tokens, request.num_output_tokens) == (4, 2)
+    assert request.append_output_token(5) is None
+    assert (request.num_tokens, request.num_output_tokens) == (4, 2)
+    request.finish(reason)
+    assert (request.num_tokens, request.num_output_tokens) == (3, 1)

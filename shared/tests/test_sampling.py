@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from folovllm.request import FinishReason, Request, SamplingParams
-from folovllm.sampling.sampler import Sampler, SamplerOutput
+from folovllm.sampling.sampler import SampledTokens, Sampler, SamplerOutput
 
 CPU = torch.device("cpu")
 VOCAB = 103  # not a multiple of 4: four tokens share one random counter
@@ -698,3 +698,13 @@ def test_collected_noise_is_what_prepare_uploads():
 
 def test_no_noise_is_collected_for_greedy_requests():
     assert Sampler(VOCAB, CPU).collect_noise([make_request(temperature=0.0)] * 3) == []
+
+
+def test_tokens_on_their_way_do_not_change_with_the_buffer_they_came_from():
+    """A captured step writes its choices where the one before wrote its own."""
+    choices = torch.tensor([[5, 6, 7], [1, 1, 1]])
+    first = SampledTokens(choices, logprobs=None).send_to_host(num_rows=2)
+    choices[0] += 10
+    second = SampledTokens(choices, logprobs=None).send_to_host()
+    assert first.wait() == SamplerOutput([5, 6], [None] * 2)
+    assert second.wait() == SamplerOutput([15, 16, 17], [None] * 3)

@@ -57,15 +57,17 @@ class SampledTokens:
             # float64 holds every id, rank and float32 exactly.
             parts = (self.choices.to(torch.float64).flatten(), self.logprobs.values.flatten())
             fetched = torch.cat(parts)
+        # A copy on a CPU too: the next step may write its choices where these are. Pinned memory
+        # is not handed to anybody else by torch before the copy is done.
+        is_cuda = fetched.device.type == "cuda"
+        on_host = torch.empty(fetched.shape, dtype=fetched.dtype, pin_memory=is_cuda)
+        on_host.copy_(fetched, non_blocking=True)
         copied = None
-        if fetched.device.type == "cuda":
-            # torch does not hand this memory to anybody else before the copy is done.
-            pinned = torch.empty(fetched.shape, dtype=fetched.dtype, pin_memory=True)
-            pinned.copy_(fetched, non_blocking=True)
-            fetched, copied = pinned, torch.cuda.Event()
+        if is_cuda:
+            copied = torch.cuda.Event()
             copied.record()
         num_rows = self.choices.shape[1] if num_rows is None else num_rows
-        return TokensOnTheWay(fetched, num_rows, self.logprobs, copied)
+        return TokensOnTheWay(on_host, num_rows, self.logprobs, copied)
 
 
 @dataclass(frozen=True)

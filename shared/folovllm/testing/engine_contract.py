@@ -94,6 +94,8 @@ class EngineContract:
 
     stage: ClassVar[ModuleType]
     options: ClassVar[dict[str, Any]]
+    run_step: ClassVar[str] = "execute"
+    """ModelRunner's method that computes a step."""
 
     def make_engine(self, model: CausalLM, **overrides: Any) -> Engine:
         options = {"max_model_len": 192, **self.options, **overrides}
@@ -302,9 +304,9 @@ class EngineContract:
         # captured graph calls no attention: there it comes once the whole model has run.
         with monkeypatch.context() as patch:
             runner = engine.model_runner
-            attend, execute = runner.attention.forward, runner.execute
+            attend, execute = runner.attention.forward, getattr(runner, self.run_step)
             patch.setattr(runner.attention, "forward", _interrupt_calls(attend, every=2))
-            patch.setattr(runner, "execute", _interrupt_calls(execute, every=1))
+            patch.setattr(runner, self.run_step, _interrupt_calls(execute, every=1))
             for _ in range(20):  # once might leave too little behind to change a token
                 with pytest.raises(KeyboardInterrupt):
                     engine.step()
@@ -319,14 +321,14 @@ class EngineContract:
         aborted, other = make_requests([[5, 6]] * 2, params, eos_token_ids=frozenset({2}))
         engine.add_request(aborted)
         engine.add_request(other)
-        execute = engine.model_runner.execute
+        execute = getattr(engine.model_runner, self.run_step)
 
         def abort_and_execute(scheduler_output: Any) -> Any:
             engine.abort_request(aborted.request_id)
             return execute(scheduler_output)
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine.model_runner, "execute", abort_and_execute)
+            patch.setattr(engine.model_runner, self.run_step, abort_and_execute)
             output = engine.step()
         assert aborted.request_id not in [token.request_id for token in output.tokens]
         drain(engine, [])

@@ -24,7 +24,9 @@ class ForcedSampler:
     def __init__(self, token_ids: Mapping[str, Sequence[int]]) -> None:
         self.token_ids = token_ids
         """Request id -> the tokens to return, in order."""
-        self.recorded: dict[str, list[torch.Tensor]] = {name: [] for name in token_ids}
+        self.recorded: dict[str, dict[int, torch.Tensor]] = {name: {} for name in token_ids}
+        """Request id -> index of the output token -> logits. What a chunk of a prompt leaves under
+        0 makes room for what its last one does."""
 
     def validate(self, request: Request) -> None:
         if request.request_id not in self.token_ids:
@@ -40,10 +42,13 @@ class ForcedSampler:
         """logits: [num_requests, vocab_size]."""
         chosen = []
         for request, row in zip(requests, logits.float().cpu(), strict=True):
-            self.recorded[request.request_id].append(row)
-            chosen.append(self.token_ids[request.request_id][request.num_output_tokens])
+            index = request.num_output_tokens
+            self.recorded[request.request_id][index] = row
+            chosen.append(self.token_ids[request.request_id][index])
         return forced_tokens(chosen, logits.device)
 
     def logits_of(self, request_id: str) -> torch.Tensor:
         """[num_output_tokens, vocab_size] float32 on the CPU."""
-        return torch.stack(self.recorded[request_id])
+        recorded = self.recorded[request_id]
+        assert list(recorded) == list(range(len(recorded)))
+        return torch.stack(list(recorded.values()))

@@ -3,11 +3,37 @@
 from collections import Counter
 from typing import Any
 
-from ..request import RequestStatus
+from ..request import Request, RequestStatus
 
 
-def check_bookkeeping(scheduler: Any) -> None:
+class Progress:
+    """How far a request that holds blocks is between two steps: all but its newest token."""
+
+    def check(self, request: Request) -> None:
+        assert request.num_computed_tokens == request.num_tokens - 1
+
+    def check_table(self, request: Request, table_len: int, block_size: int) -> None:
+        """table_len: blocks that the request holds."""
+        assert table_len == -(-request.num_computed_tokens // block_size)
+
+
+class ChunkedProgress(Progress):
+    """Where prompts are computed in chunks, and a prompt has all its blocks from the start."""
+
+    def check(self, request: Request) -> None:
+        assert 0 <= request.num_computed_tokens < request.num_tokens
+
+    def check_table(self, request: Request, table_len: int, block_size: int) -> None:
+        fewest = -(-request.num_computed_tokens // block_size)
+        most = -(-request.num_tokens // block_size)
+        # One token is left: of a prompt, whose block is there, or one that was just sampled.
+        is_open = request.num_computed_tokens == request.num_tokens - 1
+        assert table_len == most or (is_open and table_len == fewest)
+
+
+def check_bookkeeping(scheduler: Any, progress: Progress | None = None) -> None:
     """Everybody is in one queue, in order, and holds exactly what belongs to that state."""
+    progress = progress or Progress()
     has_preemption = hasattr(scheduler, "swapped")
     swapped = scheduler.swapped if has_preemption else []
     requests = scheduler.requests.values()
@@ -20,11 +46,12 @@ def check_bookkeeping(scheduler: Any) -> None:
     if waiting:
         assert scheduler.waiting.first is min(waiting, key=lambda request: request.place)
     assert all(r.num_computed_tokens == 0 for r in waiting)
-    assert all(r.num_computed_tokens == r.num_tokens - 1 for r in (*scheduler.running, *swapped))
+    for request in (*scheduler.running, *swapped):
+        progress.check(request)
     assert len(scheduler.running) <= getattr(scheduler.config, "max_num_seqs", 1)
     manager = scheduler.kv_cache_manager
     if hasattr(manager, "pool"):
-        check_blocks(scheduler)
+        check_blocks(scheduler, progress)
     elif hasattr(manager, "slots"):
         check_slots(scheduler)
     else:
@@ -42,8 +69,9 @@ def check_slots(scheduler: Any) -> None:
     assert sorted(slots) == list(range(manager.num_tokens // manager.slot_len))
 
 
-def check_blocks(scheduler: Any) -> None:
+def check_blocks(scheduler: Any, progress: Progress | None = None) -> None:
     """Every block is free or named by as many tables as its reference count says."""
+    progress = progress or Progress()
     manager = scheduler.kv_cache_manager
     for pool, tables in (
         (manager.pool, manager.block_tables),
@@ -64,7 +92,7 @@ def check_blocks(scheduler: Any) -> None:
     ):
         for request in queue:
             table = tables[request.request_id]
-            assert len(table) == -(-request.num_computed_tokens // manager.block_size)
+            progress.check_table(request, len(table), manager.block_size)
             assert len(set(table)) == len(table)
     assert manager.num_live_tokens(scheduler.running) == count_live_tokens(scheduler)
 

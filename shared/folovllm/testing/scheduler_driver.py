@@ -1,12 +1,12 @@
 """Steps of a scheduler without a model, every promise checked after each."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, ClassVar
 
-from ..interfaces import StepOutput
+from ..interfaces import StepOutput, StepStats, TokenOutput
 from ..request import FinishReason, Request, RequestStatus
-from .invariants import check_bookkeeping, count_live_tokens
+from .invariants import Progress, check_bookkeeping, count_live_tokens
 from .symbolic_cache import SymbolicCache, expected_finish_reason, tokens_alone
 
 MAX_STEPS = 2000
@@ -15,6 +15,9 @@ MAX_STEPS = 2000
 
 class SchedulerDriver:
     """Plays the engine: schedule, execute, update, and start over when that breaks off."""
+
+    progress: ClassVar[Progress] = Progress()
+    """What holds of the requests with blocks between two steps."""
 
     def __init__(
         self, scheduler: Any, cache: SymbolicCache, count_tokens: Callable[[Any], int]
@@ -64,21 +67,34 @@ class SchedulerDriver:
                 output = scheduler.update(scheduled, sampled)
         except KeyboardInterrupt:
             scheduler.start_over(scheduled)
-            check_bookkeeping(scheduler)
-            self._check_requests()
-            self._empty_free_blocks()
+            self._check_state()
             return False
         self._report(output, unfinished, scheduled, sampled.token_ids)
-        self._check_stats(output, scheduled)
-        check_bookkeeping(scheduler)
+        finished = [token for token in output.tokens if token.finish_reason is not None]
+        self._check_stats(output.stats, scheduled, finished)
+        self._check_state()
+        return True
+
+    def step_unchecked(self) -> None:
+        """One step that looks at nothing."""
+        step = self.scheduler.schedule()
+        self.scheduler.update(step, self.cache.execute(step))
+
+    def break_off(self, interrupt: AbstractContextManager[None]) -> None:
+        """Schedule a step and start over, with an interrupt in that."""
+        step = self.scheduler.schedule()
+        with suppress(KeyboardInterrupt), interrupt:
+            self.scheduler.start_over(step)
+
+    def _check_state(self) -> None:
+        check_bookkeeping(self.scheduler, self.progress)
         self._check_requests()
         self._empty_free_blocks()
-        return True
 
     def check_end(self) -> None:
         """Nothing is left, and everybody got the tokens that it gets alone."""
         assert not self.scheduler.has_unfinished_requests()
-        check_bookkeeping(self.scheduler)
+        check_bookkeeping(self.scheduler, self.progress)
         assert self.scheduler.kv_cache_manager.num_reserved_tokens == 0
         for request in self.requests:
             expected, output = tokens_alone(request), request.output_token_ids
@@ -93,11 +109,6 @@ class SchedulerDriver:
 
     def _check_schedule(self, before: dict[Request, RequestStatus], output: Any) -> None:
         scheduler = self.scheduler
-        scheduled = [s.request for s in output.scheduled]
-        assert bool(scheduled) == bool(scheduler.requests), "requests wait and nothing is computed"
-        for s in output.scheduled:
-            num_tokens_left = s.request.num_tokens - s.request.num_computed_tokens
-            assert s.num_scheduled_tokens == num_tokens_left > 0
         budget = getattr(scheduler.config, "max_num_batched_tokens", None)
         assert budget is None or self._count_tokens(output.scheduled) <= budget
         running = scheduler.running
@@ -105,12 +116,22 @@ class SchedulerDriver:
         started = [r for r in running if before[r] is RequestStatus.WAITING]
         returned = [r for r in running if before[r] is RequestStatus.SWAPPED]
         gone = [r for r in before if r not in running and before[r] is RequestStatus.RUNNING]
-        assert scheduled == (started if started and gone == [] else running)
+        self._check_shares(output, started if gone == [] else [])
         self._check_order(before, started, returned, gone)
         assert getattr(output, "num_preemptions", 0) == len(gone)
         manager = scheduler.kv_cache_manager
         if started and hasattr(manager, "pool"):
             assert manager.num_free_blocks >= len(running) - 1, "nobody's next block is spare"
+
+    def _check_shares(self, output: Any, started: list[Request]) -> None:
+        """Who started computes its prompt, without the others; or else everybody computes."""
+        scheduler = self.scheduler
+        scheduled = [s.request for s in output.scheduled]
+        assert bool(scheduled) == bool(scheduler.requests), "requests wait and nothing is computed"
+        assert scheduled == (started or scheduler.running)
+        for s in output.scheduled:
+            num_tokens_left = s.request.num_tokens - s.request.num_computed_tokens
+            assert s.num_scheduled_tokens == num_tokens_left > 0
 
     def _check_order(
         self,
@@ -121,7 +142,7 @@ class SchedulerDriver:
     ) -> None:
         """Whoever comes to run is before all that could have instead; who goes is behind."""
         waiting, swapped = (
-            [r.place for r in before if r.status is status]
+            [r.place for r in before if r.status is status and not self._is_passed(r)]
             for status in (RequestStatus.WAITING, RequestStatus.SWAPPED)
         )
         came = [r.place for r in (*started, *returned)]
@@ -131,6 +152,10 @@ class SchedulerDriver:
             assert max(running) < min(r.place for r in gone)
         elif came:
             assert max(came) < min((*waiting, *swapped), default=(1 << 60, 0))
+
+    def _is_passed(self, request: Request) -> bool:
+        """Whether others may come to run before a request that is not behind them."""
+        return False
 
     def _report(
         self, output: StepOutput, unfinished: list[Request], scheduled: Any, token_ids: list[int]
@@ -152,9 +177,11 @@ class SchedulerDriver:
             assert request.output_token_ids == token_ids, f"{request.request_id}: told otherwise"
             assert request.place == self._places[request], f"{request.request_id} lost its place"
 
-    def _check_stats(self, output: StepOutput, scheduled: Any) -> None:
-        scheduler, stats = self.scheduler, output.stats
-        finished = [token for token in output.tokens if token.finish_reason is not None]
+    def _check_stats(
+        self, stats: StepStats, scheduled: Any, finished: Sequence[TokenOutput]
+    ) -> None:
+        """finished: requests that left since the forward pass."""
+        scheduler = self.scheduler
         num_tokens = sum(s.num_scheduled_tokens for s in scheduled.scheduled)
         assert stats.num_scheduled_tokens == num_tokens
         assert stats.num_scheduled_requests == len(scheduled.scheduled)

@@ -58,6 +58,8 @@ class SymbolicCache:
         self._block_size = block_size
         self._device: dict[tuple[int, int], int] = {}
         self._host: dict[tuple[int, int], int] = {}
+        self._last_tokens: dict[Request, int] = {}
+        """What was sampled last for each request; the host may not know it yet."""
 
     def execute(self, scheduler_output: Any) -> SamplerOutput:
         for copy in getattr(scheduler_output, "block_copies", ()):
@@ -72,10 +74,7 @@ class SymbolicCache:
                     destination.pop((copy.destination, offset), None)
                 else:
                     destination[copy.destination, offset] = symbol
-        symbols = [
-            _symbols(s.request.token_ids[: s.request.num_computed_tokens + s.num_scheduled_tokens])
-            for s in scheduler_output.scheduled
-        ]
+        symbols = [_symbols(self._token_ids(s)) for s in scheduler_output.scheduled]
         self._store(scheduler_output.scheduled, symbols)
         for s, own in zip(scheduler_output.scheduled, symbols, strict=True):
             read = [self._device.get(self._locate(s, position)) for position in range(len(own))]
@@ -84,7 +83,19 @@ class SymbolicCache:
             _sample(own[-1], s.request.seed)
             for s, own in zip(scheduler_output.scheduled, symbols, strict=True)
         ]
+        for s, token_id in zip(scheduler_output.scheduled, tokens, strict=True):
+            self._last_tokens[s.request] = token_id
         return SamplerOutput(token_ids=tokens, logprobs=[None] * len(tokens))
+
+    def _token_ids(self, scheduled: Any) -> list[int]:
+        """All that a request has computed after this step; the last may be known here only."""
+        request = scheduled.request
+        end = request.num_computed_tokens + scheduled.num_scheduled_tokens
+        assert end <= request.num_tokens
+        assert end <= len(request.token_ids) + 1, "only the last token may be pending"
+        if end <= len(request.token_ids):
+            return list(request.token_ids[:end])
+        return [*request.token_ids, self._last_tokens[request]]
 
     def _store(self, scheduled: Iterable[Any], symbols: list[list[int]]) -> None:
         written: dict[tuple[int, int], str] = {}
