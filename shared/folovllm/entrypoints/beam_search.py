@@ -178,6 +178,7 @@ def _make_request(beam: Beam, params: BeamSearchParams, max_model_len: int, numb
             ignore_eos=True,
         ),
         fork_of=beam.parent,
+        is_steered=True,
     )
 
 
