@@ -194,7 +194,8 @@ def test_token_that_the_host_does_not_know_is_named_by_the_row_of_its_request() 
         request.num_pending_tokens = 1
     pending = [ScheduledRequest(r, 1, [i]) for i, r in enumerate(requests)]
     batch = values(gather_batch(pending[::-1], tables, block_size=4))
-    assert (batch["table_rows"], batch["input_ids"]) == ([1, 0], [-2, -1])
+    # Of three rows, one of which is padding: from the end of the table of tokens.
+    assert (batch["table_rows"], batch["input_ids"]) == ([1, 0], [-2, -3])
     assert batch["positions"] == [3, 2]
     requests[0].append_output_token(13)
     batch = values(gather_batch(pending, tables, block_size=4))
