@@ -24,7 +24,8 @@ class ForcedSampler:
     references: dict[str, Reference]
     """By request id."""
     max_differences: dict[tuple[str, int], float] = field(default_factory=dict)
-    """By request id and output position: the largest absolute difference of any logit."""
+    """By request id and output position: the largest absolute difference of any logit, of the row
+    that came last. Chunks of a prompt leave theirs, which mean nothing, before the prompt's end."""
 
     def validate(self, request: Request) -> None:
         """Refuse nothing: the stage's own sampler saw the same requests in the free run."""
@@ -51,7 +52,7 @@ class ForcedSampler:
         values = difference.nan_to_num(nan=float("inf")).tolist()
         for row, known_row, value in zip(rows, known, values, strict=True):
             if row == known_row:
-                self.max_differences[row] = max(value, self.max_differences.get(row, 0.0))
+                self.max_differences[row] = value
         chosen = [self.references[name].output_token_ids[i] for name, i in known]
         return forced_tokens(chosen, logits.device)
 

@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
-from folovllm.interfaces import SamplerOutput
 from folovllm.request import Request, SamplingParams
 from folovllm.sampling.sampler import Sampler
 from folovllm.testing.forced_sampler import ForcedSampler as ForcedTokensSampler
+from folovllm.testing.forced_sampler import forced_tokens
 from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer
 from folovllm.text.tokenizer import Tokenizer
 from m0_infra.cli import main
@@ -125,8 +125,7 @@ class SecondBest:
 
     def sample(self, logits, tensors):
         token_ids = logits.topk(2, dim=-1).indices[:, 1].tolist()
-        output = SamplerOutput(token_ids, [None] * len(token_ids))
-        return SimpleNamespace(to_host=lambda: output)
+        return forced_tokens(token_ids, logits.device)
 
 
 def test_wrong_sampler_is_noticed_by_its_tokens(llm, references):
@@ -163,6 +162,15 @@ def test_nan_logits_are_infinitely_wrong(references):
     sampler = ForcedSampler({"0": references[0]})
     sampler.sample(torch.full_like(references[0].logits[:1], float("nan")), [("0", 0)])
     assert sampler.max_differences == {("0", 0): float("inf")}
+
+
+def test_logits_in_the_middle_of_a_prompt_are_not_compared(references):
+    """A prompt in chunks leaves a row per chunk, and only the last one counts."""
+    sampler = ForcedSampler({"0": references[0]})
+    right = references[0].logits[:1]
+    for logits in (right + 5.0, right - 3.0, right):
+        sampler.sample(logits, [("0", 0)])
+    assert sampler.max_differences == {("0", 0): 0.0}
 
 
 def test_requests_that_do_not_stop_are_noticed(llm, references):
