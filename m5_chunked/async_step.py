@@ -63,4 +63,5 @@ class StepPipeline:
         """Forget all steps in flight, also one of which some tokens were recorded, not reported."""
         oldest = self.in_flight[0].scheduler_output if self.in_flight else None
         self.scheduler.start_over(oldest)
-        self.in_flight.clear()  # last: if Ctrl-C comes again before, the next step starts over
+        self.in_flight.clear()  # behind it: if Ctrl-C comes again before, the next step starts over
+        self.model_runner.wait_for_device()

@@ -61,6 +61,11 @@ class ModelRunner:
         self.last_tokens.index_copy_(0, step.table_rows, sampled.token_ids)
         return sampled.send_to_host()
 
+    def wait_for_device(self) -> None:
+        """Return when all that was launched is done, and pinned memory may be written again."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
     def prepare_inputs(
         self, scheduler_output: SchedulerOutput
     ) -> InputBatch[torch.Tensor] | StepGraph:
