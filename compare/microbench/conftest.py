@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from folovllm.interfaces import SamplerOutput
 from folovllm.model.config import kv_bytes_per_token
 from folovllm.model.loader import load_model
 from folovllm.request import Request, SamplingParams
@@ -51,6 +52,18 @@ class DecodingEngine:
 def stage_names() -> list[str]:
     """A stage is found by existing."""
     return sorted(path.parent.name for path in ROOT.glob("m[1-7]_*/__init__.py"))
+
+
+def record(scheduler: Any, scheduled: Any, token_id: int = 7) -> Any:
+    """What follows a schedule(), as if the forward pass had given every row this token.
+
+    A stage that plans a step before it knows the tokens of the last one does so in two calls.
+    """
+    num_rows = len(scheduled.scheduled)
+    sampled = SamplerOutput(token_ids=[token_id] * num_rows, logprobs=[None] * num_rows)
+    if hasattr(scheduler, "advance"):
+        return scheduler.update(scheduled, sampled, scheduler.advance(scheduled))
+    return scheduler.update(scheduled, sampled)
 
 
 def decoding_requests(count: int, params: SamplingParams | None = None) -> list[Request]:
@@ -108,7 +121,7 @@ def decoding(request: pytest.FixtureRequest, tiny_model: Any) -> DecodingEngine:
     for decoding_request in requests:
         engine.add_request(decoding_request)
     while not _all_decoding(requests):
-        engine.step()
+        record(engine.scheduler, engine.scheduler.schedule())
     return DecodingEngine(engine, num_running)
 
 

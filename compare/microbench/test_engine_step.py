@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from folovllm.interfaces import SamplerOutput
+from .conftest import record
 
 ROUNDS = 100
 """Each of them lengthens every request by a token, and there is room for a few hundred."""
@@ -13,12 +13,9 @@ ROUNDS = 100
 def test_scheduler_step(benchmark: Any, decoding: Any) -> None:
     """schedule() and update(), with the forward pass between them left out."""
     scheduler = decoding.engine.scheduler
-    sampled = SamplerOutput(
-        token_ids=[7] * decoding.num_running, logprobs=[None] * decoding.num_running
-    )
 
     def step() -> Any:
-        return scheduler.update(scheduler.schedule(), sampled)
+        return record(scheduler, scheduler.schedule())
 
     benchmark.extra_info["num_running"] = decoding.num_running
     output = benchmark.pedantic(step, rounds=ROUNDS, warmup_rounds=5)

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from folovllm.interfaces import SamplerOutput
 from folovllm.model.config import kv_bytes_per_token
 from folovllm.request import Request, SamplingParams
 from folovllm.sampling.sampler import Sampler
 
-from .conftest import stage_names
+from .conftest import record, stage_names
 
 NUM_WAITING = (1_000, 100_000)
 RUNNING_AND_HISTORY = ((64, 100), (1024, 100), (256, 2_000), (64, 8_000))
@@ -55,9 +54,7 @@ class Load:
 
     def update(self, scheduled: Any) -> Any:
         """As if the forward pass between schedule() and update() had taken place."""
-        num_rows = len(scheduled.scheduled)
-        sampled = SamplerOutput(token_ids=[7] * num_rows, logprobs=[None] * num_rows)
-        return self.engine.scheduler.update(scheduled, sampled)
+        return record(self.engine.scheduler, scheduled)
 
     def describe(self, benchmark: Any) -> None:
         benchmark.extra_info["num_waiting"] = self.num_waiting

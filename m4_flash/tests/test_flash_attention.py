@@ -248,7 +248,7 @@ def test_forks_next_to_prompts_launch_both_kernels_and_keep_their_tokens(
         requests = make_requests([long] * 4 + [short, other], params, seeds=range(6))
         for fork in requests[1:4]:
             fork.fork_of = requests[0]
-        drain(served, requests)
+        drain(served, requests[:4], later={1: requests[4:]})
         outputs.append([request.output_token_ids for request in requests])
     assert outputs[0] == outputs[1]
     # A prompt alone; forks beside prompts; everybody decodes.
