@@ -162,11 +162,11 @@ def finished_runs(outcomes: Sequence[Outcome], commit: str | None) -> dict[str, 
     runs: dict[str, list[Result]] = {}
     for outcome in outcomes:
         if isinstance(outcome, FinishedRun):
-            runs.setdefault(outcome.stage, []).append(_with_commit(outcome.result, commit))
+            runs.setdefault(outcome.stage, []).append(with_commit(outcome.result, commit))
     return runs
 
 
-def _with_commit(result: Result, commit: str | None) -> Result:
+def with_commit(result: Result, commit: str | None) -> Result:
     """Put the commit that the user states in the place of what the run found.
 
     A copy of the files on another machine finds none, or that of a history which it is not in.

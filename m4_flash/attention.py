@@ -40,6 +40,9 @@ class AttentionMetadata:
 class Attention(Protocol):
     """Stores the step's keys and values and attends, in whatever way."""
 
+    def start_step(self, metadata: AttentionMetadata) -> None:
+        """Called before the first layer of every step, with what all layers will be given."""
+
     def forward(
         self,
         metadata: AttentionMetadata,
@@ -60,6 +63,8 @@ class TorchAttention:
 
     def __init__(self, kv_cache: KVCache) -> None:
         self.kv_cache = kv_cache
+
+    def start_step(self, metadata: AttentionMetadata) -> None: ...
 
     def forward(
         self,

@@ -91,6 +91,7 @@ class ModelRunner:
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
         )
+        self.attention.start_step(metadata)
         attend = partial(self.attention.forward, metadata)
         hidden = self.model(batch.input_ids, batch.positions, attend)
         if batch.max_query_len > 1:

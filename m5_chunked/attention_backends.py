@@ -51,6 +51,8 @@ class PackageAttention:
         self.attend = attend
         self.store_kv = select_kernels(kv_cache.keys.device).store_kv
 
+    def start_step(self, metadata: AttentionMetadata) -> None: ...
+
     def forward(
         self,
         metadata: AttentionMetadata,

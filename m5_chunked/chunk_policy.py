@@ -1,9 +1,7 @@
 """How many tokens of a prompt go into a step: as many as fit, or as many as a time allows."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from folovllm.request import Request
 
@@ -38,62 +36,58 @@ class FixedChunks:
         )
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """What a step costs, in seconds, as a sum; see `step_costs.measure_step_cost`."""
+class StepCost(NamedTuple):
+    """What steps of one length cost, in seconds, as `step_costs.measure_step_costs` found."""
 
-    fixed_s: float
-    token_s: float
-    """Of every token: its share of the matrix products."""
-    pair_s: float
-    """Of every pair of a chunk's query and a key that it sees."""
-    context_s: float
-    """Of every key that a single query (a decode) sees: it is read for nobody else."""
-
-    def of_chunk(self, num_tokens: int, num_computed_tokens: int) -> float:
-        num_pairs = num_tokens * (num_computed_tokens + (num_tokens + 1) / 2)
-        return self.token_s * num_tokens + self.pair_s * num_pairs
-
-    def of_decode(self, seq_len: int) -> float:
-        return self.token_s + self.context_s * seq_len
-
-    def largest_chunk(self, seconds: float, num_computed_tokens: int) -> int:
-        """Most tokens whose `of_chunk` is within `seconds`; 0 if there are none."""
-        linear = self.token_s + self.pair_s * (num_computed_tokens + 0.5)
-        if seconds <= 0:
-            return 0
-        if self.pair_s == 0:
-            return 1 << 60 if linear == 0 else int(seconds / linear)
-        # The positive root of pair_s / 2 n² + linear n = seconds.
-        root = math.sqrt(linear**2 + 2 * self.pair_s * seconds)
-        return int((root - linear) / self.pair_s)
+    num_tokens: int
+    step_s: float
+    """Of a step of so many tokens, most of them a chunk that begins its prompt."""
+    key_s: float
+    """More for every key in the cache that the chunk attends to."""
 
 
 class TimedChunks:
-    """Chunks as large as keep a step within a time, by a model of what steps cost.
+    """Chunks as large as keep a step within a time, by what steps of several lengths took.
 
-    The decodes of the step are paid for first. As the context of a prompt grows, its chunks shrink:
-    a token costs a pair with every key before it.
+    The keys that decodes read are paid for first. As the context of a prompt grows, its chunks
+    shrink: a token costs a pair with every key before it. A chunk fills its step to a length that
+    was measured, because captured steps are padded to those.
     """
 
-    def __init__(self, cost: StepCost, target_s: float, max_chunk_tokens: int | None) -> None:
-        self.cost = cost
+    def __init__(
+        self,
+        costs: Sequence[StepCost],
+        decode_key_s: float,
+        target_s: float,
+        max_chunk_tokens: int | None,
+    ) -> None:
+        """costs: in ascending order; decode_key_s: seconds for every key that a decode reads."""
+        self.costs = costs
+        self.decode_key_s = decode_key_s
         self.target_s = target_s
         self.max_chunk_tokens = max_chunk_tokens
-        self.left_s = target_s
+        self.num_tokens, self.left_s = 0, target_s
+        """Of the step so far: its tokens, and what is left for its length."""
 
     def start_step(self, running: Sequence[Request]) -> None:
-        decodes = [
-            self.cost.of_decode(r.num_tokens)
-            for r in running
-            if r.num_tokens - r.num_computed_tokens == 1
-        ]
-        self.left_s = self.target_s - self.cost.fixed_s - sum(decodes)
+        decode_lens = [r.num_tokens for r in running if r.num_tokens - r.num_computed_tokens == 1]
+        self.num_tokens = len(decode_lens)
+        self.left_s = self.target_s - self.decode_key_s * sum(decode_lens)
 
     def take(self, num_computed_tokens: int, num_wanted: int) -> int:
-        affordable = self.cost.largest_chunk(self.left_s, num_computed_tokens)
+        affordable = max(
+            (
+                num_tokens - self.num_tokens
+                for num_tokens, step_s, key_s in self.costs
+                if step_s + key_s * num_computed_tokens <= self.left_s
+            ),
+            default=0,
+        )
         num_tokens = min(
             max(affordable, LEAST_CHUNK), self.max_chunk_tokens or num_wanted, num_wanted
         )
-        self.left_s -= self.cost.of_chunk(num_tokens, num_computed_tokens)
+        self.num_tokens += num_tokens
+        # The next chunk pays for the longer step; the keys of this one are paid for here.
+        longer = (cost.key_s for cost in self.costs if cost.num_tokens >= num_tokens)
+        self.left_s -= next(longer, self.costs[-1].key_s) * num_computed_tokens
         return num_tokens

@@ -21,6 +21,9 @@ from folovllm.transfer import PinnedColumns
 from .block_tables import BlockTables
 from .input_batch import HostBatch, InputBatch, empty_batch, paddings
 
+_MOST_PAIRS = 2048 * 4096
+"""In a captured step; beyond, a layer's attention alone takes the device some 0.2 ms."""
+
 RunStepFn = Callable[[InputBatch[torch.Tensor], Noise, torch.Tensor], torch.Tensor]
 """(batch, noise, logits [num_requests, vocab_size], written) -> choices [2, num_requests]."""
 
@@ -38,12 +41,22 @@ def decode_shapes(max_size: int) -> list[StepShape]:
     return [StepShape(size, size) for size in (*(s for s in sizes if s < max_size), max_size)]
 
 
+def mixed_lengths(max_tokens: int) -> list[int]:
+    """64, 128, 256, then half as many more and double, …, and max_tokens tokens."""
+    doublings = [64 << doubling for doubling in range(max_tokens.bit_length())]
+    lengths = sorted([*doublings, *(length // 2 * 3 for length in doublings if length > 128)])
+    return [*(length for length in lengths if length < max_tokens), max_tokens]
+
+
 def mixed_shapes(max_tokens: int, max_size: int) -> list[StepShape]:
-    """Up to 64, 128, … and max_tokens tokens, of up to 1, 8, 32 and max_size requests."""
-    lengths = [64 << doubling for doubling in range(max_tokens.bit_length())]
-    lengths = [*(length for length in lengths if length < max_tokens), max_tokens]
+    """Up to each of `mixed_lengths` tokens, of up to 1, 8, 32 and max_size requests."""
     sizes = [*(size for size in (1, 8, 32) if size < max_size), max_size]
-    return [StepShape(length, size) for length in lengths for size in sizes if length > size]
+    return [
+        StepShape(length, size)
+        for length in mixed_lengths(max_tokens)
+        for size in sizes
+        if length > size
+    ]
 
 
 class Graph(Protocol):
@@ -183,8 +196,15 @@ class StepGraphs:
         self.num_bytes = recorder.num_bytes
         """Device memory that the graphs took."""
 
-    def find(self, num_tokens: int, num_requests: int) -> StepGraph | None:
-        """The graph of the smallest shape that holds such a step; None if there is none."""
+    def find(self, num_tokens: int, num_requests: int, num_pairs: int = 0) -> StepGraph | None:
+        """The graph of the smallest shape that holds such a step; None if there is none.
+
+        num_pairs: of a query and a key that it may see, at most, in one request. None if there
+        are so many that the device is slower than a host that launches every kernel by itself:
+        those kernels are told how long contexts are, and choose their tiles by that.
+        """
+        if num_pairs > _MOST_PAIRS:
+            return None
         if num_tokens == num_requests:
             index = bisect_left(self._decode_shapes, (num_tokens, num_requests))
             fitting = self._decode_shapes[index : index + 1]

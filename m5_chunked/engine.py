@@ -5,12 +5,12 @@ from folovllm.model.transformer import CausalLM
 from folovllm.request import Request
 
 from .async_step import StepPipeline
-from .chunk_policy import ChunkSizes, FixedChunks, TimedChunks
+from .chunk_policy import ChunkSizes, FixedChunks
 from .config import EngineConfig
 from .kv_cache_manager import KVCacheManager
 from .model_runner import ModelRunner
 from .scheduler import Scheduler
-from .step_costs import measure_step_cost
+from .step_costs import measure_chunk_sizes
 
 
 class LLMEngine:
@@ -59,8 +59,7 @@ class LLMEngine:
     def _chunk_sizes(self) -> ChunkSizes:
         if self.config.target_step_ms is None:
             return FixedChunks(self.config.max_chunk_tokens)
-        cost, target_s = measure_step_cost(self.model_runner), self.config.target_step_ms / 1000
-        return TimedChunks(cost, target_s, self.config.max_chunk_tokens)
+        return measure_chunk_sizes(self.model_runner, self.config.target_step_ms / 1000)
 
     def _check_context(self, model: CausalLM) -> None:
         limit = model.config.max_context_len

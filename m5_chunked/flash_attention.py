@@ -8,8 +8,9 @@ Everything is accumulated in float32, and exponentials are powers of 2, which th
 Two kernels, because two things limit. A prompt is bound by arithmetic: large tiles of queries
 share every key. A single query is bound by memory: its heads that share a key are stacked into
 one tile, and its context is split over programs, so that one long sequence occupies the whole
-device (Flash-Decoding, Dao et al. 2023). All lengths come from device tensors: the grid depends
-on shapes alone, so that one captured launch serves any mix of lengths.
+device (Flash-Decoding, Dao et al. 2023). Programs are given out by length, once per step, so that
+a long context among short ones gets the most. All lengths come from device tensors: the grid
+depends on shapes alone, so that one captured launch serves any mix of lengths.
 """
 
 import math
@@ -28,7 +29,7 @@ _LOG2_E = math.log2(math.e)
 MAX_SPLITS = 32
 """Most programs that share one query's context."""
 _PROGRAMS_PER_MULTIPROCESSOR = 3
-"""Contexts are split while the batch has fewer programs than this would be; more cost merging."""
+"""Among these the keys of a batch are divided; more cost merging."""
 _INTERPRETER_MULTIPROCESSORS = 4
 _MAX_STACK = 2
 """Most heads that are stacked in a tile; with 4 a cached context was slower, not faster."""
@@ -209,7 +210,48 @@ def _prefill_kernel(
     tl.store(out_ptr + row_offsets[:, None] + dims[None, :], out, mask=is_row)
 
 
+@triton.jit(do_not_specialize=["num_requests"])
+def _plan_splits_kernel(
+    cu_seqlens_ptr,
+    seq_lens_ptr,
+    split_starts_ptr,
+    num_requests,
+    NUM_PROGRAMS: tl.constexpr,
+    TILE_K: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+):
+    """Write which programs of a key/value head share each request's context; see `start_step`.
+
+    A request gets the part of NUM_PROGRAMS that its keys are of all keys, rounded down, but no
+    more than it has tiles, and every request one; none if it has several queries or is padding.
+    """
+    num_keys = tl.zeros([], dtype=tl.int64)
+    for first in range(0, num_requests, 128):
+        keys = _count_keys(cu_seqlens_ptr, seq_lens_ptr, first + tl.arange(0, 128), num_requests)
+        num_keys += tl.sum(tl.maximum(keys, 0), axis=0)
+    start = 0
+    for first in range(0, num_requests, 128):
+        requests = first + tl.arange(0, 128)
+        keys = _count_keys(cu_seqlens_ptr, seq_lens_ptr, requests, num_requests)
+        share = (keys.to(tl.int64) * NUM_PROGRAMS // tl.maximum(num_keys, 1)).to(tl.int32)
+        num_splits = tl.minimum(tl.minimum(share, tl.cdiv(keys, TILE_K)), MAX_SPLITS)
+        num_splits = tl.where(keys >= 0, tl.maximum(num_splits, 1), 0)
+        ends = start + tl.cumsum(num_splits, axis=0)
+        tl.store(split_starts_ptr + 1 + requests, ends, mask=requests < num_requests)
+        start += tl.sum(num_splits, axis=0)
+
+
 @triton.jit
+def _count_keys(cu_seqlens_ptr, seq_lens_ptr, requests, num_requests):
+    """Keys in the cache of requests with a single query; -1 for all others."""
+    is_request = requests < num_requests
+    start = tl.load(cu_seqlens_ptr + requests, mask=is_request, other=0)
+    end = tl.load(cu_seqlens_ptr + requests + 1, mask=is_request, other=0)
+    seq_len = tl.load(seq_lens_ptr + requests, mask=is_request, other=0)
+    return tl.where(end - start == 1, seq_len - 1, -1)
+
+
+@triton.jit(do_not_specialize=["num_requests"])
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -228,9 +270,11 @@ def _decode_kernel(
     slot_stride,
     table_stride,
     scale,
+    split_starts_ptr,
     partial_ptr,
     lse_ptr,
     num_arrived_ptr,
+    num_requests,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
@@ -244,18 +288,24 @@ def _decode_kernel(
 ):
     """All query heads of one key/value head of a request's single query, over part of its keys."""
     let_next_start(OVERLAP)
-    kv_head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    token = tl.load(cu_seqlens_ptr + request)
-    seq_len = tl.load(seq_lens_ptr + request)
-    # Longer queries are the prefill kernel's; a row that only pads a captured batch has no keys.
-    if tl.load(cu_seqlens_ptr + request + 1) - token != 1 or seq_len == 0:
+    kv_head, program = tl.program_id(0), tl.program_id(1)
+    request = tl.zeros([], dtype=tl.int32)
+    for first in range(0, num_requests, 256):
+        requests = first + tl.arange(0, 256)
+        is_request = requests < num_requests
+        ends = tl.load(split_starts_ptr + 1 + requests, mask=is_request, other=1 << 30)
+        request += tl.sum((ends <= program).to(tl.int32), axis=0)
+    if request == num_requests:  # more programs than parts
         wait_for_previous(OVERLAP)
         return
-    num_cached = seq_len - 1
-    split_len = tl.cdiv(tl.cdiv(num_cached, tl.num_programs(1)), TILE_K) * TILE_K
-    split_len = tl.maximum(split_len, TILE_K)
+    first_program = tl.load(split_starts_ptr + request)
+    num_programs = tl.load(split_starts_ptr + request + 1) - first_program
+    split = program - first_program
+    token = tl.load(cu_seqlens_ptr + request)
+    num_cached = tl.load(seq_lens_ptr + request) - 1
+    split_len = tl.maximum(tl.cdiv(tl.cdiv(num_cached, num_programs), TILE_K), 1) * TILE_K
     num_splits = tl.maximum(tl.cdiv(num_cached, split_len), 1)
-    if split >= num_splits:
+    if split >= num_splits:  # whole tiles need fewer programs than there are
         wait_for_previous(OVERLAP)
         return
     heads = tl.arange(0, GROUP_BLOCK)
@@ -311,7 +361,7 @@ def _decode_kernel(
         tl.store(out_ptr + head_rows, acc.to(out_ptr.dtype.element_ty), mask=is_head)
     else:
         pair = request * NUM_KV_HEADS + kv_head
-        part = pair * tl.num_programs(1) + split
+        part = program * NUM_KV_HEADS + kv_head
         lse = row_max + tl.log2(row_sum)
         tl.store(lse_ptr + part * GROUP + heads, lse, mask=heads < GROUP)
         rows = (part.to(tl.int64) * GROUP + heads)[:, None] * HEAD_DIM
@@ -322,11 +372,11 @@ def _decode_kernel(
         num_arrived = tl.atomic_add(num_arrived_ptr + pair, 1, sem="acq_rel")
         if num_arrived == num_splits - 1:
             tl.store(num_arrived_ptr + pair, 0)
-            first = pair * tl.num_programs(1)
             splits = tl.arange(0, MAX_SPLITS)
             is_split = splits < num_splits
+            first_parts = (first_program + splits) * NUM_KV_HEADS + kv_head
             for head in tl.static_range(GROUP):
-                parts = (first + splits).to(tl.int64) * GROUP + head
+                parts = first_parts.to(tl.int64) * GROUP + head
                 lses = tl.load(
                     lse_ptr + parts, mask=is_split, other=-float("inf"), cache_modifier=".cg"
                 )
@@ -410,17 +460,34 @@ class TritonAttention:
             if device.type == "cuda"
             else _INTERPRETER_MULTIPROCESSORS
         )
+        self.programs_per_head = -(-self.num_programs // self.num_kv_heads)
         # Programs that share a context meet here; fixed addresses, so that a graph can hold them.
-        num_pairs = max_num_requests * self.num_kv_heads
-        num_rows = self.num_programs * self.group  # a batch with more pairs splits no context
+        self.split_starts = torch.zeros(max_num_requests + 1, dtype=torch.int32, device=device)
+        num_parts = (self.programs_per_head + max_num_requests) * self.num_kv_heads
+        num_rows = num_parts * self.group
         self.partial = torch.empty((num_rows, self.head_dim), dtype=torch.float32, device=device)
         self.lse = torch.empty(num_rows, dtype=torch.float32, device=device)
+        num_pairs = max_num_requests * self.num_kv_heads
         self.num_arrived = torch.zeros(num_pairs, dtype=torch.int32, device=device)
 
-    def _num_splits(self, num_requests: int) -> int:
-        """Programs per context, from the size of the batch alone, so that a graph can hold it."""
-        num_pairs = num_requests * self.num_kv_heads
-        return max(1, min(self.num_programs // num_pairs, MAX_SPLITS))
+    def start_step(self, metadata: AttentionMetadata) -> None:
+        """Give the programs of each key/value head to the requests with a single query.
+
+        Request r gets programs [split_starts[r], split_starts[r + 1]) (int32). A launch per step;
+        the model begins with others that take no part in overlap, so that every layer may read it
+        before it waits.
+        """
+        if metadata.min_query_len == 1:
+            num_requests = len(metadata.seq_lens)
+            _plan_splits_kernel[(1,)](
+                metadata.cu_seqlens_q,
+                metadata.seq_lens,
+                self.split_starts,
+                num_requests,
+                NUM_PROGRAMS=self.programs_per_head,
+                TILE_K=self.decode_tiles.keys,
+                MAX_SPLITS=MAX_SPLITS,
+            )
 
     def _prefill_tiles_of(self, metadata: AttentionMetadata, num_tokens: int) -> _Tiles:
         """Large tiles where there are enough of them to fill the device evenly.
@@ -440,7 +507,10 @@ class TritonAttention:
         k: torch.Tensor,
         v: torch.Tensor,
     ) -> torch.Tensor:
-        """Launches what the step's query lengths call for: one kernel, or for a mix both."""
+        """Launches what the step's query lengths call for: one kernel, or for a mix both.
+
+        Between `start_step` of the same metadata and that of the next.
+        """
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         keys, values = self.kv_cache.keys[layer_idx], self.kv_cache.values[layer_idx]
         tables = metadata.block_tables
@@ -475,11 +545,14 @@ class TritonAttention:
 
     def _decode(self, num_requests: int, arguments: tuple[Any, ...]) -> None:
         tiles = self.decode_tiles
-        _decode_kernel[(self.num_kv_heads, self._num_splits(num_requests), num_requests)](
+        # With a part per request beside the whole ones, what is rounded up has room too.
+        _decode_kernel[(self.num_kv_heads, self.programs_per_head + num_requests)](
             *arguments,
+            self.split_starts,
             self.partial,
             self.lse,
             self.num_arrived,
+            num_requests,
             NUM_KV_HEADS=self.num_kv_heads,
             GROUP_BLOCK=tiles.rows,
             TILE_K=tiles.keys,

@@ -76,7 +76,10 @@ class ModelRunner:
         """
         scheduled = scheduler_output.scheduled
         batch = gather_batch(scheduled, self.block_tables, self.config.block_size)
-        graph = self.graphs.find(len(batch.input_ids), len(scheduled)) if self.graphs else None
+        num_pairs = batch.max_query_len * batch.max_seq_len
+        graph = None
+        if self.graphs is not None:
+            graph = self.graphs.find(len(batch.input_ids), len(scheduled), num_pairs)
         if graph is not None:
             graph.fill(batch)
             return graph
@@ -97,6 +100,7 @@ class ModelRunner:
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
         )
+        self.attention.start_step(metadata)
         attend = partial(self.attention.forward, metadata)
         hidden = self.model(self.token_table[batch.input_ids], batch.positions, attend)
         if batch.max_query_len > 1:

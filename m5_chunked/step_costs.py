@@ -2,82 +2,69 @@
 
 import time
 
-import numpy as np
-
 from folovllm.request import Request, SamplingParams
 
-from .chunk_policy import StepCost
+from .chunk_policy import StepCost, TimedChunks
+from .cuda_graph import mixed_lengths
 from .model_runner import ModelRunner
 from .scheduler import ScheduledRequest, SchedulerOutput
 
 _NUM_RUNS = 3
-_MOST_DECODES = 32
-"""Requests in the largest decode step that is timed: what a key costs does not need more."""
+_SHORT_S = 0.05
+"""A step that takes longer is timed once."""
+_NUM_DECODES = 8
+"""Requests with single tokens, where the cache has room: beside a chunk, and with long contexts."""
 
 
-def measure_step_cost(runner: ModelRunner) -> StepCost:
-    """Time steps of several kinds and fit the four terms of StepCost to them.
+def measure_chunk_sizes(runner: ModelRunner, target_s: float) -> TimedChunks:
+    """Time steps of growing length until one takes longer than `target_s`.
 
-    Uses the cache, in which nothing may be yet.
+    Each without context and with the longest: in between, time grows with the context. Uses the
+    cache, in which nothing may be yet.
     """
     config = runner.config
-    longest = config.max_model_len - 1
-    largest = min(config.max_num_batched_tokens, config.max_model_len)
-    num_fitting = runner.kv_cache.num_tokens // (longest + 1)
-    num_decodes = max(1, min(_MOST_DECODES, config.max_num_seqs, num_fitting))
-    chunks = {max(largest // 2, 1), max(largest // 8, 1)}
-    rows, seconds = [], []
-    for num_requests, num_computed, num_new in [
-        *((1, 0, n) for n in sorted(chunks)),
-        *((1, config.max_model_len - n, n) for n in sorted(chunks)),
-        *((n, length, 1) for n in (1, num_decodes) for length in (0, longest)),
-    ]:
-        num_pairs = num_new * (num_computed + (num_new + 1) / 2)
-        is_decode = num_new == 1
-        rows.append(
-            [
-                1.0,
-                num_requests * num_new,
-                0.0 if is_decode else num_pairs,
-                float(num_requests * (num_computed + 1)) if is_decode else 0.0,
-            ]
-        )
-        seconds.append(_time_step(runner, num_requests, num_computed, num_new))
-    return StepCost(*_fit(np.array(rows), np.array(seconds)))
-
-
-def _fit(rows: np.ndarray, seconds: np.ndarray) -> list[float]:
-    """Least squares of relative errors: half a millisecond matters as much as fifty.
-
-    rows: [num_steps, num_terms]. A term that comes out below 0 is left out of the fit.
-    """
-    scaled, terms = rows / seconds[:, None], list(range(rows.shape[1]))
-    while True:
-        solved = np.linalg.lstsq(scaled[:, terms], np.ones(len(rows)), rcond=None)[0]
-        if solved.min() >= 0:
-            found = dict(zip(terms, solved.tolist(), strict=True))
-            return [found.get(term, 0.0) for term in range(rows.shape[1])]
-        del terms[int(solved.argmin())]
-
-
-def _time_step(runner: ModelRunner, num_requests: int, num_computed: int, num_new: int) -> float:
-    """Seconds of a step of these requests, after one that does not count."""
-    num_blocks = -(-(num_computed + num_new) // runner.config.block_size)
+    blocks_of_longest = -(-config.max_model_len // config.block_size)
+    num_blocks = runner.kv_cache.num_tokens // config.block_size
+    num_longest = min(num_blocks // blocks_of_longest, config.max_num_seqs, _NUM_DECODES)
+    num_beside = min(num_blocks - blocks_of_longest, config.max_num_seqs - 1, _NUM_DECODES)
     # What memory holds by chance may be NaN, and zeros multiply faster than numbers.
-    runner.kv_cache.kv[:, :, : num_requests * num_blocks].normal_()
-    scheduled = []
-    for index in range(num_requests):
+    num_used = max(num_longest * blocks_of_longest, blocks_of_longest + num_beside)
+    runner.kv_cache.kv[:, :, :num_used].normal_()
+    costs: list[StepCost] = []
+    for num_tokens in mixed_lengths(min(config.max_num_batched_tokens, config.max_model_len)):
+        num_decodes = min(num_beside, num_tokens // 2)
+        num_new = num_tokens - num_decodes
+        num_cached = config.max_model_len - num_new
+        decodes = [(0, 1)] * num_decodes
+        step_s = _time_step(runner, [*decodes, (0, num_new)])
+        longest_s = _time_step(runner, [*decodes, (num_cached, num_new)])
+        key_s = max(longest_s - step_s, 0.0) / max(num_cached, 1)
+        costs.append(StepCost(num_tokens, step_s, key_s))
+        if step_s > target_s:
+            break
+    longest = config.max_model_len - 1
+    short_s = _time_step(runner, [(0, 1)] * num_longest)
+    long_s = _time_step(runner, [(longest, 1)] * num_longest)
+    decode_key_s = max(long_s - short_s, 0.0) / max(num_longest * longest, 1)
+    return TimedChunks(costs, decode_key_s, target_s, config.max_chunk_tokens)
+
+
+def _time_step(runner: ModelRunner, shares: list[tuple[int, int]]) -> float:
+    """Seconds of a step of (tokens in the cache, tokens to compute), after one not counted."""
+    scheduled, num_blocks = [], 0
+    for index, (num_computed, num_new) in enumerate(shares):
         request = Request(
             request_id=f"measured-{index}",
             prompt_token_ids=[0] * (num_computed + num_new),
             sampling_params=SamplingParams(max_tokens=1, temperature=0.0),
             num_computed_tokens=num_computed,
         )
-        table = list(range(index * num_blocks, (index + 1) * num_blocks))
-        scheduled.append(ScheduledRequest(request, num_new, table))
+        first = num_blocks
+        num_blocks += -(-(num_computed + num_new) // runner.config.block_size)
+        scheduled.append(ScheduledRequest(request, num_new, range(first, num_blocks)))
     step = SchedulerOutput(scheduled=tuple(scheduled), block_copies=())
-    times = []
-    for _ in range(_NUM_RUNS + 1):
+    times: list[float] = []
+    while len(times) <= _NUM_RUNS and (len(times) < 2 or times[-1] < _SHORT_S):
         start = time.perf_counter()
         runner.launch(step).wait()
         times.append(time.perf_counter() - start)

@@ -136,7 +136,7 @@ def main(
 
     gate_not_comparable: why the peer's tokens cannot be compared; None means that they can.
     """
-    options = _parser(stage, config_class).parse_args(argv)
+    options = peer_parser(stage, config_class).parse_args(argv)
     try:
         config = config_class(**given_fields(options, config_class))
         started = factory(
@@ -148,7 +148,7 @@ def main(
             config=config,
         )
         with started as llm:
-            result = _bench(stage, llm, options, gate_not_comparable)
+            result = bench_peer(stage, llm, options, gate_not_comparable)
     except ImportError as error:
         print(f"{stage} is not usable here: {error}", file=sys.stderr)
         return EXIT_NOT_INSTALLED
@@ -162,7 +162,7 @@ def main(
     return 0
 
 
-def _bench(
+def bench_peer(
     stage: str, llm: PeerLLM, options: argparse.Namespace, gate_not_comparable: str | None
 ) -> dict[str, Any]:
     workload = make_workload(
@@ -219,7 +219,7 @@ def offline_section(
     }
 
 
-def _parser(stage: str, config_class: type[Any]) -> argparse.ArgumentParser:
+def peer_parser(stage: str, config_class: type[Any]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"peer {stage}", allow_abbrev=False)
     bench = parser.add_subparsers(dest="command", required=True).add_parser(
         "bench", help="measure one run of a workload", allow_abbrev=False

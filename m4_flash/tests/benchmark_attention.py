@@ -171,6 +171,7 @@ def measure(case: Case, copy_bytes_per_s: float, flops_per_s: float) -> list[dic
             )
             return out
 
+        backend.start_step(inputs.metadata)
         difference = check_last_request(case, cache, inputs, attend(0))
         rows.append((name, time_layers(attend, len(cache.keys)), difference))
     if case.query_len == case.seq_len:

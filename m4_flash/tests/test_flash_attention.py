@@ -1,7 +1,7 @@
 """The Triton kernels against plain torch: every mix of lengths, head sizes and block sizes."""
 
 import os
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -107,7 +107,9 @@ def check(shares, num_heads, num_kv_heads, head_dim, block_size, dtype) -> None:
     k.copy_(torch.cat([new[0] for new in news]))
     v.copy_(torch.cat([new[1] for new in news]))
     attention = TritonAttention(cache, num_heads, max_num_requests=len(shares))
-    out = attention.forward(metadata_of(shares, cache), 1, q, k, v)
+    metadata = metadata_of(shares, cache)
+    attention.start_step(metadata)
+    out = attention.forward(metadata, 1, q, k, v)
     expected = torch.cat(
         [
             causal_attention(part, kv[0], kv[1])
@@ -161,7 +163,9 @@ def test_meeting_points_are_zero_again_after_every_launch() -> None:
     attention = TritonAttention(cache, 4, max_num_requests=2)
     q = torch.randn(2, 4, 16, device=DEVICE)
     k, v = torch.randn(2, 2, 2, 16, device=DEVICE)
-    outs = [attention.forward(metadata_of(shares, cache), 1, q, k, v) for _ in range(3)]
+    metadata = metadata_of(shares, cache)
+    attention.start_step(metadata)
+    outs = [attention.forward(metadata, 1, q, k, v) for _ in range(3)]
     assert not attention.num_arrived.any()
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
@@ -179,20 +183,59 @@ def test_padding_rows_store_nothing_and_read_nothing() -> None:
     before = cache.keys.clone()
     q = torch.randn(2, 2, 16, device=DEVICE)
     k = v = torch.ones(2, 1, 16, device=DEVICE)
+    attention.start_step(metadata)
     out = attention.forward(metadata, 1, q, k, v)
     torch.testing.assert_close(out[0], torch.ones(2, 16, device=DEVICE))
     before[1].flatten(0, 1)[cache.slot(0, 20)] = 1.0
     assert torch.equal(cache.keys.nan_to_num(7), before.nan_to_num(7))
 
 
-def test_splits_fill_the_device_and_never_exceed_their_limit() -> None:
-    cache = FakeCache([(0, 1)], 16, 2, 16, torch.float32)
-    attention = TritonAttention(cache, 4, max_num_requests=64)
-    for num_requests in range(1, 65):
-        num_splits = attention._num_splits(num_requests)
-        assert 1 <= num_splits <= MAX_SPLITS
-        num_parts = num_requests * 2 * num_splits
-        assert num_splits == 1 or num_parts * attention.group <= len(attention.lse)
+def planned_splits(shares: list[tuple[int, int]]) -> list[int]:
+    """Programs that each request gets of those of a key/value head."""
+    attention = TritonAttention(FakeCache([(0, 1)], 16, 2, 16, torch.float32), 4, 300)
+    query_lens = [new for _, new in shares]
+    attention.start_step(
+        AttentionMetadata(
+            cu_seqlens_q=torch.tensor([0, *accumulate(query_lens)], device=DEVICE).int(),
+            seq_lens=torch.tensor([c + n for c, n in shares], device=DEVICE).int(),
+            block_tables=torch.zeros(0, device=DEVICE),
+            slot_mapping=torch.zeros(0, device=DEVICE),
+            min_query_len=1,
+            max_query_len=max(query_lens),
+            max_seq_len=max(c + n for c, n in shares),
+        )
+    )
+    starts = attention.split_starts[: len(shares) + 1].tolist()
+    assert starts[0] == 0
+    assert starts[-1] <= attention.programs_per_head + len(shares), "the grid has not so many"
+    assert starts[-1] * attention.num_kv_heads * attention.group <= len(attention.lse)
+    return [end - start for start, end in pairwise(starts)]
+
+
+def test_programs_are_given_out_by_the_length_of_contexts() -> None:
+    attention = TritonAttention(FakeCache([(0, 1)], 16, 2, 16, torch.float32), 4, 1)
+    per_head, tile = attention.programs_per_head, attention.decode_tiles.keys
+    most = min(per_head, MAX_SPLITS)
+    assert planned_splits([(100_000, 1)]) == [most]
+    assert planned_splits([(tile, 1)]) == planned_splits([(0, 1)]) == [1]
+    assert planned_splits([(tile + 1, 1)]) == [2], "a program per tile at most"
+    long, *short = planned_splits([(100_000, 1), *[(100, 1)] * 3])
+    assert short == [1] * 3
+    assert min(per_head - 1, MAX_SPLITS) == long
+    assert planned_splits([(50_000, 1)] * 2) == [min(per_head // 2, MAX_SPLITS)] * 2
+    assert planned_splits([(1000, 1)] * (per_head + 1)) == [1] * (per_head + 1)
+
+
+def test_chunks_and_padding_get_no_program_of_the_decode_kernel() -> None:
+    assert planned_splits([(9, 1), (500, 7), (9, 1), (0, 0), (9, 1)]) == [1, 0, 1, 0, 1]
+    padding = [(-1, 1)] * 2  # a captured decode step pads with queries of requests without tokens
+    assert planned_splits([(9, 1), *padding]) == [1, 0, 0]
+
+
+def test_plan_of_more_requests_than_a_program_looks_at_in_one_go() -> None:
+    lengths = [(i * 37 % 500, 1 if i % 5 else 3) for i in range(300)]
+    assert planned_splits(lengths) == [0 if new > 1 else 1 for _, new in lengths]
+    check([(i % 7, 1) for i in range(270)], 2, 1, 16, 16, torch.float32)
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 5])

@@ -122,6 +122,7 @@ def check_attention(
 ) -> None:
     """One layer of `attention` over the runner's cache, stored keys and values included."""
     step = make_mixed_step(runner, shares)
+    attention.start_step(step.metadata)
     out = attention.forward(step.metadata, LAYER, step.q, step.k, step.v)
     assert out.is_contiguous()
     torch.testing.assert_close(out, step.expected, rtol=tolerance, atol=tolerance)

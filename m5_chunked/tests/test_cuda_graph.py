@@ -56,7 +56,7 @@ def test_captured_decode_steps_end_with_the_largest_batch() -> None:
         assert sizes(max_size)[-1] == max_size
 
 
-def test_captured_mixed_steps_double_up_to_the_longest() -> None:
+def test_captured_mixed_steps_grow_by_halves_up_to_the_longest() -> None:
     def lengths(max_tokens: int) -> list[int]:
         return [shape.num_tokens for shape in mixed_shapes(max_tokens, max_size=1)]
 
@@ -64,8 +64,9 @@ def test_captured_mixed_steps_double_up_to_the_longest() -> None:
     assert lengths(2) == [2]
     assert lengths(64) == [64]
     assert lengths(65) == [64, 65]
-    assert lengths(512) == [64, 128, 256, 512]
-    assert lengths(600) == [64, 128, 256, 512, 600]
+    assert lengths(300) == [64, 128, 256, 300]
+    assert lengths(512) == [64, 128, 256, 384, 512]
+    assert lengths(2048) == [64, 128, 256, 384, 512, 768, 1024, 1536, 2048]
 
 
 def test_captured_mixed_steps_have_more_tokens_than_requests() -> None:
@@ -88,6 +89,13 @@ def test_smallest_graph_that_holds_the_step_is_found() -> None:
     assert graphs.find(65, 2) == StepShape(100, 8)
     assert graphs.find(65, 20) == StepShape(100, 20)
     assert graphs.find(65, 21) is graphs.find(101, 2) is None
+
+
+def test_chunk_behind_a_long_context_is_launched_kernel_by_kernel() -> None:
+    graphs = planned_graphs(EngineConfig())
+    assert graphs.find(2048, 1, num_pairs=2048 * 4096) == StepShape(2048, 1)
+    assert graphs.find(2048, 1, num_pairs=2048 * 4096 + 1) is None
+    assert graphs.find(1, 1, num_pairs=1_000_000) == StepShape(1, 1)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def _add_sampling_flags(
     )
 
 
-def _make_llm(llm_class: type[LLM], arguments: argparse.Namespace) -> LLM:
+def make_llm(llm_class: type[LLM], arguments: argparse.Namespace) -> LLM:
     return llm_class(
         arguments.model,
         load_format=arguments.load_format,
@@ -163,7 +163,7 @@ def _make_sampling_params(
 
 def _generate(llm_class: type[LLM], arguments: argparse.Namespace) -> int:
     params = _make_sampling_params(arguments, _GENERATE_DEFAULTS)
-    llm = _make_llm(llm_class, arguments)
+    llm = make_llm(llm_class, arguments)
     is_chat = llm.tokenizer is not None and llm.tokenizer.has_chat_template and not arguments.raw
     prompts = [
         llm.render_chat([{"role": "user", "content": text}]) if is_chat else text
@@ -185,7 +185,7 @@ def _generate(llm_class: type[LLM], arguments: argparse.Namespace) -> int:
 
 def _chat(llm_class: type[LLM], arguments: argparse.Namespace) -> int:
     params = _make_sampling_params(arguments, _CHAT_DEFAULTS)
-    llm = _make_llm(llm_class, arguments)
+    llm = make_llm(llm_class, arguments)
     llm.render_chat([{"role": "user", "content": "Hello"}])  # a model that cannot chat says so now
     session = ChatSession(llm, params, arguments.system, sys.stdout)
     session.run("> " if sys.stdin.isatty() else "")
@@ -193,10 +193,10 @@ def _chat(llm_class: type[LLM], arguments: argparse.Namespace) -> int:
 
 
 def _bench(llm_class: type[LLM], arguments: argparse.Namespace) -> int:
-    run_bench(_make_llm(llm_class, arguments), stage_name(llm_class), arguments)
+    run_bench(make_llm(llm_class, arguments), stage_name(llm_class), arguments)
     return 0
 
 
 def _profile(llm_class: type[LLM], arguments: argparse.Namespace) -> int:
-    run_profile(_make_llm(llm_class, arguments), stage_name(llm_class), arguments)
+    run_profile(make_llm(llm_class, arguments), stage_name(llm_class), arguments)
     return 0
