@@ -75,10 +75,15 @@ class Arrivals:
             requests.append(heapq.heappop(self._due)[2])
         return requests
 
-    def finish(self, request_id: str, token_ids: Sequence[int], end_s: float) -> None:
-        """Let go those that follow this request, whose prompt and output are `token_ids`."""
-        for source in self._followers.pop(request_id, ()):
-            history = token_ids[: source.history_len]
+    def finish(
+        self, done: WorkloadRequest, prompt: Sequence[int], output: Sequence[int], end_s: float
+    ) -> None:
+        """Give those that follow `done` their time and their prompt, now that its answer is known.
+
+        Nothing is copied for a request that nobody follows: this is called while the clock runs.
+        """
+        for source in self._followers.pop(done.request_id, ()):
+            history = (*prompt, *output)[: source.history_len]
             self._add(source, (*history, *source.prompt_token_ids), end_s + source.arrival_s)
 
     def _add(self, source: WorkloadRequest, prompt: Sequence[int], due_s: float) -> None:

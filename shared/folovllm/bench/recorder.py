@@ -131,12 +131,12 @@ def record_run(
         before_step()
         start_s = clock.now() - origin
         output = engine.step()
-        record.add_step(start_s, clock.now() - origin, output)
+        end_s = clock.now() - origin
+        record.add_step(start_s, end_s, output)
         for token in output.tokens:
             if token.finish_reason is not None:
                 done = record.requests[token.request_id]
-                history = (*done.prompt_token_ids, *done.token_ids)
-                arrivals.finish(token.request_id, history, record.ends_s[-1])
+                arrivals.finish(done.request, done.prompt_token_ids, done.token_ids, end_s)
         watch.check(output)
         after_step()
     return record
