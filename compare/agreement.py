@@ -36,10 +36,7 @@ def workload_failures(who: str, run: Result, ref_name: str, reference: Result) -
             f"says that it is the beginning of the other"
         ]
     shapes = [
-        [
-            (request["num_prompt_tokens"], request["num_output_tokens"], request["arrival_s"])
-            for request in result["requests"][: len(short["requests"])]
-        ]
+        [_shape(request) for request in result["requests"][: len(short["requests"])]]
         for result in (short, long)
     ]
     if shapes[0] != shapes[1]:
@@ -50,6 +47,14 @@ def workload_failures(who: str, run: Result, ref_name: str, reference: Result) -
             f"the other"
         ]
     return []
+
+
+def _shape(request: Mapping[str, Any]) -> tuple[int, int, float | str]:
+    """What a request has in every run: the arrival of one that follows another differs."""
+    arrival = request["arrival_s"]
+    if request.get("follows"):
+        arrival = f"after {request['follows']}"
+    return request["num_prompt_tokens"], request["num_output_tokens"], arrival
 
 
 def _describe(workload: Mapping[str, Any]) -> str:

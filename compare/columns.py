@@ -171,10 +171,26 @@ def has_late_requests(result: Result) -> bool:
     return lookup(result, "late_ttft_s") is not None
 
 
+def group_columns(results: Sequence[Result]) -> tuple[Column, ...]:
+    """One column per group of requests, as "cold" and "hit 90%"; none without groups."""
+    found = [lookup(result, "ttft_by_group_s") or {} for result in results]
+    groups = dict.fromkeys(group for summaries in found for group in summaries)
+    return (COLUMNS[0], *map(_group_column, groups)) if groups else ()
+
+
+def _group_column(group: str) -> Column:
+    def cell(row: Row) -> str:
+        summary = (lookup(row.result, "ttft_by_group_s") or {}).get(group, {})
+        return fmt.seconds(summary.get("p50"), summary.get("p99"))
+
+    meaning = f"time to first token of the requests that the workload calls {group!r}"
+    return Column(f"TTFT {group} p50 / p99", meaning, cell)
+
+
 def tables_of(results: Sequence[Result]) -> list[tuple[Column, ...]]:
     """The columns of each table that these results have."""
-    late = [LATE_COLUMNS] if any(map(has_late_requests, results)) else []
-    return [COLUMNS, *late]
+    late = LATE_COLUMNS if any(map(has_late_requests, results)) else ()
+    return [columns for columns in (COLUMNS, late, group_columns(results)) if columns]
 
 
 def table_cells(results: Sequence[Result], columns: Sequence[Column] = COLUMNS) -> list[list[str]]:

@@ -34,6 +34,9 @@ MEDIAN_WITHIN = (
 )
 """Objects whose every number is replaced likewise."""
 
+MEDIAN_WITHIN_GROUPS = ("ttft_by_group_s",)
+"""Objects of such objects, by the label of a group of requests; the spread of every p50 is kept."""
+
 SPREAD_OF = (
     "output_tokens_per_s",
     "requests_per_s",
@@ -71,7 +74,20 @@ def merge_runs(runs: Sequence[Result]) -> Result:
             merged[name] = {key: _median(runs, f"{name}.{key}") for key in merged[name]}
     merged["repeats"] = len(runs)
     merged["spread"] = {name: _spread(runs, name) for name in SPREAD_OF}
+    for name in MEDIAN_WITHIN_GROUPS:
+        _merge_groups(merged, runs, name)
     return merged
+
+
+def _merge_groups(merged: Result, runs: Sequence[Result], name: str) -> None:
+    """As `merge_runs` does, for each group of requests that the median run has."""
+    if not merged.get(name):
+        return
+    merged["spread"][name] = {}
+    for group, summary in merged[name].items():
+        summaries = [(lookup(run, name) or {}).get(group, {}) for run in runs]
+        merged[name][group] = {key: _median(summaries, key) for key in summary}
+        merged["spread"][name][group] = _spread(summaries, "p50")
 
 
 def _values(runs: Sequence[Result], path: str) -> list[float]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from folovllm.workloads.options import WorkloadOptions
+
 from .stages import ladder_order
 
 Result = dict[str, Any]
@@ -18,8 +20,10 @@ def workload_slug(spec: str) -> str:
 
     Of a trace workload (`azure:some/where/trace.csv`) only the file name is kept.
     """
-    kind, _, rest = spec.partition(":")
-    return re.sub(r"[^A-Za-z0-9._]+", "-", f"{kind}-{rest.rsplit('/', 1)[-1]}").strip("-")
+    options = WorkloadOptions.parse(spec)
+    rest = spec.partition(":")[2].removeprefix(options.positional)
+    file_name = options.positional.rpartition("/")[2]
+    return re.sub(r"[^A-Za-z0-9._]+", "-", f"{options.kind}-{file_name}{rest}").strip("-")
 
 
 def lookup(result: Mapping[str, Any], path: str) -> Any:

@@ -106,6 +106,8 @@ def _title(shown: Sequence[Result]) -> str:
 
 def _late_requests(result: Result) -> list[Mapping[str, Any]]:
     requests = result["requests"]
+    if any(request.get("follows") for request in requests):
+        return []
     return [requests[i] for i in late_indices([r["arrival_s"] for r in requests])]
 
 

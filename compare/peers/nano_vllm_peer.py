@@ -104,6 +104,20 @@ class NanoVllmEngine:
                 self._forget(request_id)
         return self._progress.advance(new_tokens)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget the prompts of gate and earlier runs, which a timed run asks again.
+
+        nano-vllm has no call for this: blocks are found by their hash, so no hash may be known.
+        RuntimeError if this version keeps them elsewhere.
+        """
+        block_manager = self._engine.scheduler.block_manager
+        if not isinstance(getattr(block_manager, "hash_to_block_id", None), dict):
+            raise RuntimeError(
+                "this nano-vllm does not keep its prefix cache in block_manager.hash_to_block_id; "
+                "prompts of the gate would be found in the timed run"
+            )
+        block_manager.hash_to_block_id.clear()
+
     def _forget(self, request_id: str) -> None:
         del self._sequences[request_id]
         del self._num_seen[request_id]

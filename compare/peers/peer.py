@@ -189,7 +189,7 @@ def bench_peer(
         result["gate"] = {"tokens": [], "top2_gaps": [], "not_comparable": gate_not_comparable}
     if llm.settings is not None:
         result["peer"] = dict(llm.settings)
-    if llm.generate is not None and not any(r.arrival_s for r in workload.requests):
+    if llm.generate is not None and workload.arrives_at_once:
         result |= offline_section(result, workload, llm.generate(workload.requests))
     return result
 

@@ -306,7 +306,12 @@ def test_vllm_is_started_with_its_own_defaults_and_shut_down(
 
 @pytest.mark.parametrize(
     ("workload", "is_offline"),
-    [("fixed:batch=2,input=8,output=4", True), ("poisson:rate=1000,num=2,input=8,output=4", False)],
+    [
+        ("fixed:batch=2,input=8,output=4", True),
+        ("poisson:rate=1000,num=2,input=8,output=4", False),
+        ("prefix-hit:prompt=8,num=1,output=4", False),
+        ("multi-turn:conversations=1,turns=2,system=2,question=3,output=4", False),
+    ],
 )
 def test_vllm_rates_are_those_of_generate_where_all_requests_are_there_at_once(
     llm, engine, tmp_path, workload, is_offline
@@ -361,7 +366,9 @@ class FakeNanoVllm:
     """As nano-vllm's LLM: a waiting queue, and steps that either prefill or decode."""
 
     def __init__(self):
-        self.scheduler = SimpleNamespace(waiting=[])
+        self.scheduler = SimpleNamespace(
+            waiting=[], block_manager=SimpleNamespace(hash_to_block_id={7: 0})
+        )
         self.model_runner = SimpleNamespace(kv_cache=torch.zeros(4, 5, dtype=torch.bfloat16))
         self.running = []
 
@@ -392,6 +399,16 @@ def test_nano_vllm_tokens_are_read_off_its_sequences(nano):
     nano.add_request(make_request("b", 1))
     assert run_to_end(nano) == {"a": [11, 12], "b": [10]}
     assert nano.model_runner.kv_cache.num_bytes == 40
+
+
+def test_nano_vllm_finds_no_prompt_of_the_gate_in_a_timed_run(nano):
+    block_manager = nano._engine.scheduler.block_manager
+    hashes = block_manager.hash_to_block_id
+    nano.reset_prefix_cache()
+    assert hashes == {}
+    del block_manager.hash_to_block_id
+    with pytest.raises(RuntimeError, match="does not keep its prefix cache in block_manager"):
+        nano.reset_prefix_cache()
 
 
 def test_nano_vllm_takes_back_a_waiting_request_and_refuses_for_a_running_one(nano):

@@ -35,6 +35,13 @@ def test_every_chart_is_drawn_and_the_report_needs_nothing_else(tmp_path, factor
     assert "m2_batching" in page and "2.13.0" in page
 
 
+def test_turns_of_a_conversation_are_no_late_requests():
+    run = with_late_request(make_run("m5_chunked"), [1.0])
+    assert has_gaps(run)
+    run["requests"][-1]["follows"] = "0"
+    assert not has_gaps(run)
+
+
 def test_results_with_missing_numbers_are_drawn_all_the_same(tmp_path):
     run = make_run()
     empty = dict.fromkeys(("p50", "p90", "p99", "mean"))

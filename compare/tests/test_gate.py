@@ -139,6 +139,15 @@ def test_beginning_with_other_requests_fails_and_names_the_request():
     assert "request 2" in only_failure(runs)
 
 
+def test_beginning_of_conversations_passes_whenever_their_turns_came():
+    runs = prefix_runs()
+    for result, arrival_s in ((runs["m1_baseline"][0], 3.0), (runs["m2_batching"][0], 1.5)):
+        result["requests"][1] |= {"follows": "0", "arrival_s": arrival_s}
+    assert check_gate(runs).passed
+    runs["m1_baseline"][0]["requests"][1]["follows"] = None
+    assert "request 1" in only_failure(runs)
+
+
 def test_repeat_with_other_outputs_fails_in_float32_only():
     runs = {"m1_baseline": [make_run(), make_run()]}
     runs["m1_baseline"][1]["requests"][3]["output_sha256"] = "other"

@@ -34,6 +34,25 @@ def test_spread_keeps_all_values_in_run_order():
     assert spread["values"] == [run["output_tokens_per_s"] for run in three_runs()]
 
 
+def test_ttft_of_each_group_is_a_median_with_its_spread():
+    runs = three_runs()
+    for run, hit in zip(runs, (0.3, 0.1, 0.2), strict=True):
+        run["ttft_by_group_s"] = {
+            "cold": {"p50": 9.0, "p99": 9.0},
+            "hit 99.5%": {"p50": hit, "p99": 1 - hit},
+        }
+    merged = merge_runs(runs)
+    assert merged["ttft_by_group_s"]["cold"] == {"p50": 9.0, "p99": 9.0}
+    assert merged["ttft_by_group_s"]["hit 99.5%"] == {"p50": 0.2, "p99": 0.8}
+    assert merged["spread"]["ttft_by_group_s"]["hit 99.5%"] == {
+        "min": 0.1, "max": 0.3, "values": [0.3, 0.1, 0.2],
+    }  # fmt: skip
+
+
+def test_runs_without_groups_of_requests_have_no_spread_of_them():
+    assert "ttft_by_group_s" not in merge_runs(three_runs())["spread"]
+
+
 def test_number_that_no_run_has_stays_missing():
     merged = merge_runs(three_runs())
     assert merged["gpu_utilisation"] is None
@@ -77,6 +96,8 @@ def test_file_without_a_result_is_named_in_the_error(tmp_path, text):
         ("nano:8", "nano-8"),
         ("fixed:batch=8,input=512", "fixed-batch-8-input-512"),
         ("azure:/some/where/trace.csv", "azure-trace.csv"),
+        ("multi-turn:/some/where/a.jsonl,turns=2", "multi-turn-a.jsonl-turns-2"),
+        ("prefix-hit:cached=0.5/0.9,num=2", "prefix-hit-cached-0.5-0.9-num-2"),
     ],
 )
 def test_workload_folder_name(spec, slug):

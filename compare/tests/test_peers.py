@@ -142,6 +142,18 @@ def test_hf_bench_writes_the_stages_json(toy, tmp_path):
     assert result["model"]["num_parameters"] == loaded.num_parameters
 
 
+def test_hf_goes_on_with_a_conversation_from_what_it_answered(toy, tmp_path):
+    workload = "multi-turn:conversations=2,turns=2,system=3,question=4,output=3-5"
+    _, result = bench(toy, tmp_path, "--workload", workload)
+    rows = {row["request_id"]: row for row in result["requests"]}
+    for first, second in (("c0-turn1", "c0-turn2"), ("c1-turn1", "c1-turn2")):
+        assert rows[second]["num_prompt_tokens"] == 7 + rows[first]["num_output_tokens"] + 4
+        assert rows[second]["arrival_s"] == rows[first]["last_token_s"]
+        assert rows[second]["first_token_s"] > rows[second]["arrival_s"]
+    assert len(result["gate"]["tokens"]) == 2
+    assert set(result["ttft_by_group_s"]) == {"turn 1", "turn 2"}
+
+
 def test_peer_whose_tokens_cannot_be_compared_says_why(toy, tmp_path):
     _, result = bench(toy, tmp_path, gate_not_comparable="a reason")
     assert result["gate"] == {"tokens": [], "top2_gaps": [], "not_comparable": "a reason"}

@@ -155,7 +155,7 @@ def test_every_stage_declares_what_can_be_run_read_and_drawn(name):
     stages = discover_stages(ROOT)
     assert find_metrics(shown.metrics)
     workload = make_workload(shown.workload, tokenizer=AnyTokenizer(), vocab_size=49152)
-    longest = max(len(r.prompt_token_ids) + r.output_len for r in workload.requests)
+    longest = max(request.num_tokens for request in workload.requests)
     assert longest <= int(shown.options["max_model_len"])
     pair = {key: stages[key].options for key in (shown.stage, shown.previous)}
     known = {*chain(*pair.values()), *(f"{key}.{name}" for key in pair for name in pair[key])}

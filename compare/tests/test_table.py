@@ -101,6 +101,21 @@ def test_workload_without_a_late_prompt_has_one_table():
     assert "late" not in markdown_table(results()) and "late" not in terminal_table(results(), 80)
 
 
+def test_workload_with_groups_of_requests_has_a_table_of_their_first_tokens():
+    cut, whole = make_run("m5_chunked"), make_run("m6_prefix")
+    cut["ttft_by_group_s"] = {"cold": {"p50": 0.5, "p99": 0.6}}
+    whole["ttft_by_group_s"] = {
+        "cold": {"p50": 0.51, "p99": 0.62}, "hit 99.5%": {"p50": 0.05, "p99": None},
+    }  # fmt: skip
+    heading, _, *rows = markdown_table([cut, whole]).split("\n\n")[1].splitlines()
+    assert heading == "| stage | TTFT cold p50 / p99 | TTFT hit 99.5% p50 / p99 |"
+    assert rows == [
+        "| m5_chunked | 500 / 600 ms | – |",
+        "| m6_prefix | 510 / 620 ms | 50.0 / – ms |",
+    ]
+    assert "cold" not in markdown_table(results())
+
+
 def test_gaps_beside_a_late_prompt_are_medians_over_the_runs():
     runs = [with_late_request(make_run("m4_flash"), [stall]) for stall in (1.0, 3.0, 2.0)]
     merged = merge_runs(runs)

@@ -29,7 +29,7 @@ from folovllm.bench.report import check_record, step_works
 from folovllm.hardware import Ceilings
 from folovllm.interfaces import StepOutput, StepStats, TokenLogprobs, TokenOutput
 from folovllm.request import FinishReason
-from folovllm.workloads.workload import Workload, WorkloadRequest
+from folovllm.workloads.workload import Workload, WorkloadRequest, make_workload
 
 SCHEDULE_S, PREPARE_S, FORWARD_S, UPDATE_S = 0.001, 0.002, 1.0, 0.004
 STEP_S = SCHEDULE_S + PREPARE_S + FORWARD_S + UPDATE_S
@@ -230,6 +230,122 @@ def test_request_that_arrives_during_a_step_waits_for_its_end():
     assert rows["b"]["arrival_s"] == 0.5
     assert rows["b"]["first_token_s"] == pytest.approx(2 * STEP_S)
     assert [row["request_id"] for row in report["requests"]] == ["b", "a"]
+
+
+def conversation(think_s=0.0):
+    """Two turns and a request beside them, for an engine whose token is the length before it."""
+    return Workload(
+        "talk",
+        (
+            WorkloadRequest((10, 11, 12), 2, 0.0, "turn1", group="turn 1"),
+            WorkloadRequest((20, 21), 3, think_s, "turn2", "turn1", 5, "turn 2"),
+            WorkloadRequest((30,), 8, 0.0, "other"),
+        ),
+    )
+
+
+def added_for_the_run(engine):
+    names = ("warmup-", "gate-")
+    timed = [(t, r) for t, r in engine.log if not r.request_id.startswith(names)]
+    return timed[3:]  # all three were tried for their length first
+
+
+def test_follow_up_has_the_prompt_and_the_actual_answer_before_its_own_tokens():
+    report, engine, _ = run(conversation())
+    added = {r.request_id: r for _, r in added_for_the_run(engine)}
+    assert added["turn2"].prompt_token_ids == [10, 11, 12, 3, 4, 20, 21]
+    rows = {row["request_id"]: row for row in report["requests"]}
+    assert rows["turn2"]["num_prompt_tokens"] == 7 and rows["turn2"]["follows"] == "turn1"
+    assert [row["request_id"] for row in report["requests"]] == ["turn1", "turn2", "other"]
+    assert report["workload"]["num_input_tokens"] == 3 + 7 + 1
+
+
+@pytest.mark.parametrize(("think_s", "waited_s"), [(0.0, 0.0), (0.5 * STEP_S, 0.5 * STEP_S)])
+def test_follow_up_arrives_when_the_turn_before_it_is_done_and_thought_about(think_s, waited_s):
+    report, engine, _ = run(conversation(think_s))
+    rows = {row["request_id"]: row for row in report["requests"]}
+    due_s = 2 * STEP_S + think_s
+    assert rows["turn2"]["arrival_s"] == pytest.approx(due_s, abs=1e-6)
+    assert rows["turn2"]["arrival_s"] >= rows["turn1"]["last_token_s"]
+    # "other" is in the middle of a step when the time to think is over.
+    steps = 3 if think_s else 2
+    times = {r.request_id: time for time, r in added_for_the_run(engine)}
+    assert times["turn2"] - times["turn1"] == pytest.approx(steps * STEP_S)
+    assert rows["turn2"]["first_token_s"] == pytest.approx((steps + 1) * STEP_S, abs=1e-5)
+    ttft = report["ttft_by_group_s"]["turn 2"]
+    assert ttft["p50"] == pytest.approx((steps + 1) * STEP_S - due_s)
+
+
+def test_idle_engine_waits_for_the_time_to_think():
+    alone = Workload("alone", conversation(7.0).requests[:2])
+    report, _, clock = run(alone)
+    assert clock.slept == [pytest.approx(7.0)]
+    assert report["duration_s"] == pytest.approx(5 * STEP_S + 7.0)
+
+
+def test_ttft_is_told_by_group_and_a_workload_without_groups_has_none():
+    report, _, _ = run(conversation())
+    assert list(report["ttft_by_group_s"]) == ["turn 1", "turn 2"]
+    assert report["ttft_by_group_s"]["turn 1"]["p99"] == pytest.approx(STEP_S)
+    assert {row["group"] for row in report["requests"]} == {"turn 1", "turn 2", None}
+    assert run()[0]["ttft_by_group_s"] is None
+
+
+def test_turns_are_no_late_requests():
+    report, _, _ = run(conversation())  # two at the start and one later
+    assert report["late_ttft_s"] is None and report["decoder_itl_s"] is None
+
+
+def test_gate_asks_what_is_known_beforehand_and_warm_up_is_as_long_as_the_last_turn():
+    report, engine, _ = run(conversation(), gate_tokens=2)
+    assert report["gate"]["tokens"] == [[3, 4], [1, 2]]
+    assert report["warmup"]["longest_prompt_len"] == 7
+    (longest, _) = (r for _, r in engine.log if r.request_id.startswith("warmup-"))
+    assert longest.prompt_token_ids == [20, 21, 20, 21, 20, 21, 20][::-1]
+
+
+def test_gate_answers_requests_that_follow_without_history():
+    workload = make_workload("prefix-hit:prompt=20,num=1,output=2", vocab_size=30)
+    report, _, _ = run(workload)
+    assert report["gate"]["tokens"] == [[20, 21]] * 2
+    assert list(report["ttft_by_group_s"]) == ["cold", "hit 90%"]
+    cold, hit = report["requests"]
+    assert hit["arrival_s"] == cold["last_token_s"] == pytest.approx(2 * STEP_S)
+    assert report["ttft_s"]["p99"] == pytest.approx(STEP_S)  # nobody waits for another
+
+
+def test_conversation_that_grows_too_long_is_named_before_anything_runs():
+    spec = "multi-turn:conversations=2,turns=3,system=4,question=8,output=8"
+    clock = FakeClock()
+    message = (
+        r"conversation grows too long: 36 of the prompt tokens are its history up to c0-turn2; "
+        r"the engine refuses request c0-turn3 \(44 prompt tokens, 8 output tokens\): too long for "
+        r"max_model_len 50"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(make_workload(spec, vocab_size=30), clock)
+    assert clock.time == 100.0
+
+
+def test_roofline_counts_the_whole_prompt_of_a_follow_up():
+    follow_up = WorkloadRequest((1, 2), 1, 0.0, "b", "a", 3)
+    record = record_of(follow_up, [stats(5)])
+    assert step_works(record)[0].num_attention_pairs == 15
+    assert step_works(record_of(follow_up, [stats(2)]))[0].num_attention_pairs == 6
+
+
+def test_engine_that_ends_a_turn_early_is_refused_though_the_next_never_came():
+    class Short(FakeEngine):
+        def finish_step(self, scheduled, token_ids):
+            output = super().finish_step(scheduled, token_ids)
+            self.running = [r for r in self.running if r.request_id != "turn1"]
+            return output
+
+    clock = FakeClock()
+    llm = fake_llm(clock)
+    llm.engine = Short(clock)
+    with pytest.raises(RuntimeError, match="request turn1 ended with 1 tokens"):
+        run_benchmark(llm, conversation(), stage="x", ceilings=CEILINGS, clock=clock)
 
 
 def test_result_keeps_the_time_of_every_token_and_the_gaps_beside_a_late_request():
@@ -547,7 +663,14 @@ def stats(num_tokens, num_requests=1, live=0, reserved=0):
 def record_of(source, step_stats, finish_reason=FinishReason.LENGTH, num_tokens=None):
     num_tokens = source.output_len if num_tokens is None else num_tokens
     steps = list(range(len(step_stats)))[-num_tokens:]
-    entry = RequestRecord(source, list(range(num_tokens)), steps, finish_reason)
+    entry = RequestRecord(
+        source,
+        source.prompt_token_ids,
+        source.arrival_s,
+        list(range(num_tokens)),
+        steps,
+        finish_reason,
+    )
     times = [float(step) for step in range(len(step_stats) + 1)]
     return RunRecord({source.request_id: entry}, times[:-1], times[1:], list(step_stats))
 

@@ -420,6 +420,14 @@ def test_table_shows_late_prompts_where_the_workload_has_them():
     assert "worst gap beside       –" in table
 
 
+def test_table_shows_the_ttft_of_each_group_of_requests():
+    groups = {"cold": {"p50": 0.25, "p99": 0.5}, "hit 90%": {"p50": 0.025, "p99": 0.05}}
+    table = format_summary(RESULT | {"ttft_by_group_s": groups})
+    assert "TTFT cold p50 / p99    250.00 / 500.00 ms" in table
+    assert "TTFT hit 90% p50 / p99 25.00 / 50.00 ms" in table
+    assert "cold" not in format_summary(RESULT | {"ttft_by_group_s": None})
+
+
 def test_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "result.json"
     path.write_text("old")

@@ -11,6 +11,7 @@ from folovllm.workloads.traces import (
     read_azure,
     read_mooncake,
     read_sharegpt,
+    read_turns,
     select_rows,
     spread_arrivals,
 )
@@ -160,3 +161,29 @@ def test_sharegpt_file_that_is_no_json_list_is_refused(tmp_path):
         read_sharegpt(write(tmp_path / "broken.json", "[\n{]"))
     with pytest.raises(ValueError, match="expected a JSON list of conversations, got 'dict'"):
         read_sharegpt(write(tmp_path / "object.json", "{}"))
+
+
+@pytest.mark.parametrize("name", ["questions.jsonl", "questions.jsonl.gz"])
+def test_turns_of_mt_bench_questions_are_read_in_file_order(tmp_path, name):
+    lines = [
+        {"question_id": 9, "category": "writing", "turns": ["Ask.", "Ask again."]},
+        {"question_id": 1, "category": "math", "turns": ["Once."]},
+    ]
+    path = write(tmp_path / name, "\n\n".join(json.dumps(line) for line in lines))
+    assert read_turns(path) == [("Ask.", "Ask again."), ("Once.",)]
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "{}", '{"turns": "ask"}', '{"turns": []}', '{"turns": ["a", ""]}']
+)
+def test_malformed_question_is_named_by_file_and_line(tmp_path, line):
+    path = write(tmp_path / "bad.jsonl", '{"turns": ["a"]}\n' + line)
+    with pytest.raises(
+        ValueError, match=r'bad\.jsonl, line 2: expected a JSON object with "turns"'
+    ):
+        read_turns(path)
+
+
+def test_file_without_questions_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one JSON object"):
+        read_turns(write(tmp_path / "empty.jsonl", "\n"))

@@ -44,6 +44,27 @@ def test_nano_refuses_a_vocabulary_that_is_too_small():
         make_workload("nano:1", vocab_size=10_000)
 
 
+@pytest.mark.parametrize(
+    ("spec", "digest"),
+    [
+        ("fixed:batch=3,input=9,output=4",
+         "ee7ab21f80056823d105da014418fd55902b94bffb822d7dc682752ee5e04272"),
+        ("poisson:rate=2,num=5",
+         "40a1f0ebe3a1d1be458acdb03450958d34c0a9c188623a3aae0f4decfabf98a9"),
+        ("shared-prefix:6",
+         "d1406e07d3fffeeba28615f0d83f141c96356116a39cbc24103bca3171edd933"),
+        ("few-shot:6",
+         "d7fc04cb1c363067e709fcbdfac91c868f9db26ccc0d81cf7edd63b79704d02c"),
+        ("prefix-hit:4,prompt=50",
+         "784acb730d21a72fa870e6f505c95d55167dd33f692d2a5fe79589dddfbf1ec8"),
+        ("multi-turn:9,think=0.5",
+         "f002d6e21da0c6ca377911a2991a8ed3de596fcfdeda9b98e1456e9fc3925900"),
+    ],
+)  # fmt: skip
+def test_workload_is_the_same_everywhere(spec, digest):
+    assert make_workload(spec, vocab_size=VOCAB).sha256 == digest
+
+
 def test_cut_is_a_prefix_and_says_how_many_there_were():
     whole, cut = make_workload("nano"), make_workload("nano:8")
     assert cut.requests == whole.requests[:8]
@@ -83,8 +104,12 @@ def test_sha256_tells_where_one_prompt_ends_and_the_next_begins():
 
 
 @pytest.mark.parametrize(
-    "spec", ["fixed:batch=3,input=9,output=4", "poisson:rate=2,num=5", "shared-prefix:6", "chat:9"]
-)
+    "spec",
+    [
+        "fixed:batch=3,input=9,output=4", "poisson:rate=2,num=5", "shared-prefix:6", "chat:9",
+        "few-shot:6", "prefix-hit:4,prompt=50", "multi-turn:9",
+    ],
+)  # fmt: skip
 def test_seed_alone_decides(spec):
     made = [
         make_workload(spec, tokenizer=ByteTokenizer(), vocab_size=VOCAB, seed=seed).sha256
@@ -176,7 +201,7 @@ def test_chat_starts_over_when_more_are_asked_for_than_there_are():
     assert len({request.request_id for request in workload.requests}) == num + 2
 
 
-@pytest.mark.parametrize("kind", ["chat", "sharegpt:x.json"])
+@pytest.mark.parametrize("kind", ["chat", "sharegpt:x.json", "multi-turn:x.jsonl"])
 def test_text_without_a_tokenizer_is_refused(kind):
     with pytest.raises(ValueError, match="needs a tokenizer"):
         make_workload(kind, vocab_size=VOCAB)
@@ -258,7 +283,7 @@ def test_trace_of_which_nothing_is_left_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nanoo", "unknown workload 'nanoo'; there are azure, chat, fixed"),
+        ("nanoo", "unknown workload 'nanoo'; there are azure, chat, few-shot, fixed"),
         ("nano:eight", "number of requests must be a whole number of at least 1, got 'eight'"),
         ("nano:0", "at least 1, got '0'"),
         ("nano:seed=3", "unknown option 'seed'; nano takes: none"),
@@ -273,6 +298,15 @@ def test_trace_of_which_nothing_is_left_is_refused(tmp_path):
         ("poisson:input=9-3", "input must be a range"),
         ("poisson:input=a", "input must be a token count like 512 or a range like 100-1024"),
         ("chat:min_output=9,max_output=4", r"min_output \(9\) is above max_output \(4\)"),
+        ("prefix-hit:cached=0.5/half", "cached must be different shares between 0 and 1"),
+        ("prefix-hit:cached=1", "different shares between 0 and 1 like 0.9 or 0.5/0.9/0.99, got"),
+        ("prefix-hit:cached=0.5/0.5", "cached must be different shares"),
+        ("prefix-hit:prompt=4,cached=0.1", r"some of the 4 tokens .* comes to \[0\] tokens"),
+        ("prefix-hit:prompt=4,cached=0.9", r"some of the 4 tokens .* comes to \[4\] tokens"),
+        ("multi-turn:think=-1", "think must be a number of seconds, 0 or more, got '-1'"),
+        ("multi-turn:think=inf", "think must be a number of seconds"),
+        ("multi-turn:rate=3", "unknown option 'rate'; multi-turn takes: conversations, output"),
+        ("multi-turn:questions.jsonl,system=3", "unknown option 'system'; multi-turn takes"),
         ("azure", "needs a file: azure:PATH"),
         ("azure:,num=3", "needs a file: azure:PATH"),
     ],
@@ -280,3 +314,163 @@ def test_trace_of_which_nothing_is_left_is_refused(tmp_path):
 def test_bad_spec_is_refused_by_name(spec, message):
     with pytest.raises(ValueError, match=message):
         make_workload(spec, tokenizer=ByteTokenizer(), vocab_size=VOCAB)
+
+
+# Workloads whose prompts begin alike --------------------------------------------------------------
+
+
+def request(request_id, num_tokens=3, output_len=2, **fields):
+    return WorkloadRequest(tuple(range(num_tokens)), output_len, 0.0, request_id, **fields)
+
+
+def test_sha256_sees_who_follows_whom_and_what_it_continues_but_no_label():
+    def with_last(**fields):
+        return Workload("w", (request("a"), request("b"), request("c", **fields))).sha256
+
+    digests = [with_last(), with_last(follows="a"), with_last(follows="b")]
+    digests += [with_last(follows="b", history_len=5)]
+    assert len(set(digests)) == 4
+    assert with_last(group="turn 1") == with_last()
+    renamed = Workload("w", (request("x"), request("y"), request("z", follows="x")))
+    assert renamed.sha256 == with_last(follows="a")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"follows": "later"}, "r follows 'later', which is none of the requests before it"),
+        ({"follows": "r"}, "r follows 'r', which is none of the requests before it"),
+        ({"history_len": 5}, "r has history_len 5 and follows no request"),
+        ({"follows": "a", "history_len": 4}, "history_len 4, but a has 5 tokens of prompt and"),
+    ],
+)
+def test_request_that_cannot_follow_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Workload("w", (request("a"), request("r", **fields), request("later")))
+
+
+def test_few_shot_requests_share_the_examples_and_nothing_else():
+    workload = make_workload(
+        "few-shot:examples=3,example=4-9,num=5,question=6-8,output=2-3", vocab_size=VOCAB
+    )
+    prompts = [r.prompt_token_ids for r in workload.requests]
+    num_shared = sum(len(set(column)) == 1 for column in zip(*prompts, strict=False))
+    assert 12 <= num_shared <= 27
+    assert all(6 <= len(prompt) - num_shared <= 8 for prompt in prompts)
+    assert len({prompt[num_shared] for prompt in prompts}) == 5
+    assert {r.output_len for r in workload.requests} == {2, 3} and workload.arrives_at_once
+
+
+def test_hit_shares_the_asked_part_of_the_cold_prompt_and_comes_when_it_is_done():
+    workload = make_workload("prefix-hit:prompt=1000,cached=0.5/0.995,num=2", vocab_size=VOCAB)
+    groups = [r.group for r in workload.requests]
+    assert groups == ["cold", "hit 50%", "hit 99.5%"] * 2
+    assert [r.follows for r in workload.requests] == [None, "r0", "r1", "r2", "r3", "r4"]
+    cold, half, most, other_cold, *_ = (r.prompt_token_ids for r in workload.requests)
+    assert cold[:500] == half[:500] and cold[500] != half[500]
+    assert cold[:995] == most[:995] and cold[995] != most[995]
+    assert (len(cold), len(half), len(most)) == (1000, 1000, 1000)
+    assert cold[0] != other_cold[0]
+    assert not any(r.history_len or r.arrival_s for r in workload.requests)
+    assert (
+        not workload.is_open_loop and workload.name == "prefix-hit-prompt1000-cached0.5-0.995-num2"
+    )
+
+
+def test_turns_of_a_conversation_follow_each_other_with_known_lengths():
+    spec = "multi-turn:conversations=3,turns=3,system=10,question=4-6,output=2-5,think=0.25"
+    workload = make_workload(spec, vocab_size=VOCAB)
+    first, second, third = workload.requests[3:6]
+    assert [r.request_id for r in (first, second, third)] == ["c1-turn1", "c1-turn2", "c1-turn3"]
+    assert (second.follows, third.follows) == (first.request_id, second.request_id)
+    assert [r.arrival_s for r in (first, second, third)] == [0.0, 0.25, 0.25]
+    assert [r.group for r in (first, second, third)] == ["turn 1", "turn 2", "turn 3"]
+    assert 14 <= first.num_prompt_tokens <= 16 and first.history_len == 0
+    assert second.history_len == first.num_prompt_tokens + first.output_len
+    assert third.num_prompt_tokens == second.num_tokens + len(third.prompt_token_ids)
+    assert third.num_tokens == third.num_prompt_tokens + third.output_len
+    assert workload.num_input_tokens == sum(r.num_prompt_tokens for r in workload.requests)
+    starts = [r.prompt_token_ids for r in workload.requests if r.follows is None]
+    assert len({start[:10] for start in starts}) == 1 and len({start[10] for start in starts}) == 3
+    assert not workload.is_open_loop and not workload.arrives_at_once
+
+
+def test_system_prompt_may_be_left_out_and_options_are_reported():
+    spec = "multi-turn:conversations=2,turns=1,system=0,question=5,output=3"
+    workload = make_workload(spec, vocab_size=VOCAB)
+    assert prompt_lens(workload) == [5, 5] and workload.arrives_at_once
+    assert workload.parameters == {
+        "conversations": 2, "turns": 1, "system": 0, "question": "5", "output": "3",
+        "think": 0.0, "seed": 0,
+    }  # fmt: skip
+
+
+def test_head_keeps_every_conversation_from_its_beginning():
+    whole = make_workload("multi-turn:conversations=3,turns=4", vocab_size=VOCAB)
+    for num_requests in range(1, 12):
+        head = whole.head(num_requests)
+        ids = [r.request_id for r in head.requests]
+        assert all(r.follows is None or r.follows in ids for r in head.requests)
+    assert make_workload("multi-turn:6,conversations=3,turns=4", vocab_size=VOCAB).sha256 == (
+        whole.head(6).sha256
+    )
+    fewer = make_workload("multi-turn:conversations=2,turns=4", vocab_size=VOCAB)
+    assert fewer.sha256 == whole.head(8).sha256
+
+
+class ChatTokenizer(ByteTokenizer):
+    """A template in the way of ChatML: 1 role content 2, and 3 opens an answer."""
+
+    def apply_chat_template(self, messages):
+        turns = [[1, *self.encode(m["role"][0] + m["content"]), 2] for m in messages]
+        return [*(token for turn in turns for token in turn), 1, *self.encode("a")]
+
+
+class ForgetfulTokenizer(ChatTokenizer):
+    """A template that shows only the last message."""
+
+    def apply_chat_template(self, messages):
+        return super().apply_chat_template(messages[-1:])
+
+
+class SilentTokenizer(ChatTokenizer):
+    """A template that leaves out what the assistant said."""
+
+    def apply_chat_template(self, messages):
+        return super().apply_chat_template([m for m in messages if m["role"] == "user"])
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "a,b.jsonl"
+    turns = [["How?", "And why?"], ["Once."], ["What?", "When?", "Who?"]]
+    path.write_text("".join(json.dumps({"question_id": 1, "turns": t}) + "\n" for t in turns))
+    return path
+
+
+def test_real_questions_get_what_the_template_puts_between_an_answer_and_the_next(questions):
+    workload = make_workload(f"multi-turn:{questions},output=4", tokenizer=ChatTokenizer())
+    first, second, *_ = workload.requests
+    assert bytes(first.prompt_token_ids) == b"\x01uHow?\x02\x01a"
+    assert bytes(second.prompt_token_ids) == b"\x02\x01uAnd why?\x02\x01a"
+    assert second.history_len == len(first.prompt_token_ids) + 4
+    assert [r.request_id for r in workload.requests] == [
+        "c0-turn1", "c0-turn2", "c1-turn1", "c1-turn2",
+    ]  # fmt: skip
+    assert workload.parameters["num_conversations_in_file"] == 3
+    assert workload.parameters["num_conversations_too_short"] == 1
+    assert workload.num_requests_before_cut is None
+
+
+def test_first_conversations_of_a_file_are_a_stated_beginning(questions):
+    spec = f"multi-turn:{questions},conversations=1,turns=2"
+    workload = make_workload(spec, tokenizer=ChatTokenizer())
+    assert (len(workload.requests), workload.num_requests_before_cut) == (2, 4)
+    with pytest.raises(ValueError, match=r"1 of the 3 conversations of .* have 3 turns; ask for"):
+        make_workload(f"multi-turn:{questions},conversations=2,turns=3", tokenizer=ChatTokenizer())
+
+
+@pytest.mark.parametrize("tokenizer", [ForgetfulTokenizer(), SilentTokenizer(), ByteTokenizer()])
+def test_template_that_does_not_append_to_a_conversation_is_refused(questions, tokenizer):
+    with pytest.raises(ValueError, match="does not append to a conversation"):
+        make_workload(f"multi-turn:{questions}", tokenizer=tokenizer)

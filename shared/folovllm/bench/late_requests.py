@@ -32,12 +32,12 @@ def late_section(
     late_ttft_s: over late requests. decoder_itl_s: over all gaps of all decoders.
     decoder_itl_beside_late_s: over their gaps while a late prompt is computed, which is from the
     first step that starts after its arrival to its first token. The numbers are None if nobody
-    was decoding then. `step_starts_s` are in ascending order.
+    was decoding then. `step_starts_s` are in ascending order. Only for requests that the clock
+    sends: one that follows another is not late.
     """
     late = late_indices([request.arrival_s for request in requests])
     if not late:
-        names = ("late_ttft_s", "decoder_itl_s", "decoder_itl_beside_late_s")
-        return dict.fromkeys(names)
+        return no_late_section()
     # The step that was running when it arrived knows nothing of it.
     starts = [step_starts_s[bisect_left(step_starts_s, requests[i].arrival_s)] for i in late]
     windows = [(start, requests[i].token_times_s[0]) for start, i in zip(starts, late, strict=True)]
@@ -57,6 +57,11 @@ def late_section(
         "decoder_itl_s": _with_worst([after - before for before, after in gaps]),
         "decoder_itl_beside_late_s": _with_worst([after - before for before, after in beside]),
     }
+
+
+def no_late_section() -> dict[str, dict[str, float | None] | None]:
+    """What a workload without late requests has in the place of `late_section`."""
+    return dict.fromkeys(("late_ttft_s", "decoder_itl_s", "decoder_itl_beside_late_s"))
 
 
 def step_ranges(steps: Sequence[int]) -> list[list[int]]:

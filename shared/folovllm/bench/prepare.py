@@ -5,8 +5,9 @@ from typing import Any
 from ..model.transformer import CausalLM
 from ..request import Request
 from ..workloads.workload import Workload
+from .arrivals import make_request, stand_in_prompt
 from .probes import Clock
-from .recorder import make_request, run_to_end
+from .recorder import run_to_end
 
 _SHORT_PROMPT_LEN = 8
 
@@ -18,29 +19,24 @@ def warm_up(
 
     The longest prompt comes first. Further prompts keep their length while they fit into one
     step's token budget on CUDA, where sizes matter to kernels and allocator; all others are cut
-    to a few tokens. Prompts are reversed, so that nothing cached here matches a real prefix.
+    to a few tokens. Prompts are reversed, so that nothing cached here matches a real prefix; of one
+    that continues a conversation, other tokens stand for the history.
     """
-    by_len = sorted(workload.requests, key=lambda r: len(r.prompt_token_ids), reverse=True)
+    by_len = sorted(workload.requests, key=lambda r: r.num_prompt_tokens, reverse=True)
     sources = by_len[: getattr(engine.config, "max_num_seqs", 1)]
-    longest = len(sources[0].prompt_token_ids)
+    longest = sources[0].num_prompt_tokens
     on_cuda = model.device.type == "cuda"
     budget = getattr(engine.config, "max_num_batched_tokens", longest) if on_cuda else longest
     requests: list[Request] = []
     num_input_tokens = 0
     for source in sources:
-        prompt = source.prompt_token_ids[::-1]
+        prompt = stand_in_prompt(source)[::-1]
         if requests and num_input_tokens + len(prompt) > budget:
             prompt = prompt[:_SHORT_PROMPT_LEN]
         num_input_tokens += len(prompt)
         max_tokens = min(num_tokens, source.output_len)
         requests.append(
-            make_request(
-                source,
-                seed=seed,
-                max_tokens=max_tokens,
-                prompt_token_ids=prompt,
-                id_prefix="warmup-",
-            )
+            make_request(source, prompt, seed=seed, max_tokens=max_tokens, id_prefix="warmup-")
         )
     start = clock.now()
     outputs = run_to_end(engine, requests)
@@ -58,6 +54,9 @@ def run_gate(
 ) -> dict[str, Any]:
     """Greedy tokens of the first requests, and how far ahead of the runner-up each was.
 
+    All of them run together, also those that wait for another one in the workload; those whose
+    prompt holds what another one answered are left out, since engines may answer differently.
+
     top2_gaps: log-probability of the likeliest token less that of the second. Where it is small,
     rounding may decide, and stages may differ without being wrong.
     """
@@ -66,11 +65,13 @@ def run_gate(
     sources = [
         source
         for source in workload.uncut_requests or workload.requests
-        if len(source.prompt_token_ids) + min(num_tokens, source.output_len) <= limit
+        if not source.history_len
+        and source.num_prompt_tokens + min(num_tokens, source.output_len) <= limit
     ][:num_requests]
     requests = [
         make_request(
             source,
+            source.prompt_token_ids,
             seed=seed,
             max_tokens=min(num_tokens, source.output_len),
             logprobs=2,

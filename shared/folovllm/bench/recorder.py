@@ -1,12 +1,12 @@
 """Drives one engine through one workload and records what came out of every step."""
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..interfaces import Engine, StepOutput, StepStats
-from ..request import FinishReason, Request, SamplingParams
+from ..request import FinishReason, Request
 from ..workloads.workload import Workload, WorkloadRequest
+from .arrivals import Arrivals, make_request, stand_in_prompt
 from .probes import Clock
 
 _MAX_EMPTY_STEPS = 1000
@@ -18,6 +18,10 @@ class RequestRecord:
     """What one request got, in the order in which it got it."""
 
     request: WorkloadRequest
+    prompt_token_ids: Sequence[int]
+    """The whole prompt, history included."""
+    arrival_s: float
+    """When it was due, in seconds after the start: latencies count from here."""
     token_ids: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     """Index of the step that each token came out of."""
@@ -28,7 +32,8 @@ class RequestRecord:
 class RunRecord:
     """One run: times in seconds after its start."""
 
-    requests: dict[str, RequestRecord]
+    requests: dict[str, RequestRecord] = field(default_factory=dict)
+    """Those that have arrived, in that order."""
     starts_s: list[float] = field(default_factory=list)
     ends_s: list[float] = field(default_factory=list)
     stats: list[StepStats] = field(default_factory=list)
@@ -54,33 +59,6 @@ class RunRecord:
             record.finish_reason = token.finish_reason
 
 
-def make_request(
-    source: WorkloadRequest,
-    *,
-    seed: int,
-    max_tokens: int | None = None,
-    logprobs: int | None = None,
-    prompt_token_ids: Sequence[int] | None = None,
-    id_prefix: str = "",
-) -> Request:
-    """A greedy request that ignores end-of-sequence tokens, as the workload asks for it.
-
-    The other arguments replace what warm-up and gate need otherwise.
-    """
-    return Request(
-        request_id=id_prefix + source.request_id,
-        prompt_token_ids=list(prompt_token_ids or source.prompt_token_ids),
-        sampling_params=SamplingParams(
-            temperature=0.0,
-            max_tokens=source.output_len if max_tokens is None else max_tokens,
-            ignore_eos=True,
-            logprobs=logprobs,
-        ),
-        seed=seed,
-        arrival_time=source.arrival_s,
-    )
-
-
 def add_named(engine: Engine, request: Request) -> None:
     """`add_request` whose ValueError says which request of the workload it was."""
     try:
@@ -95,7 +73,15 @@ def add_named(engine: Engine, request: Request) -> None:
 def check_fit(engine: Engine, workload: Workload, seed: int) -> None:
     """Refuse a workload with a request that can never run, before any time is spent on it."""
     for source in workload.requests:
-        add_named(engine, make_request(source, seed=seed))
+        try:
+            add_named(engine, make_request(source, stand_in_prompt(source), seed=seed))
+        except ValueError as error:
+            if not source.history_len:
+                raise
+            raise ValueError(
+                f"a conversation grows too long: {source.history_len} of the prompt tokens are "
+                f"its history up to {source.follows}; {error}"
+            ) from error
         engine.abort_request(source.request_id)
 
 
@@ -122,24 +108,35 @@ def record_run(
 ) -> RunRecord:
     """Replay the workload in real time: a request is added when its arrival has come.
 
+    One that follows another arrives when the step that gave the other's last token has returned
+    and its time to think is over.
+
     `before_step` and `after_step` are called outside the time of a step.
     """
-    sources = sorted(workload.requests, key=lambda request: request.arrival_s)
-    pending = deque(make_request(source, seed=seed) for source in sources)
-    record = RunRecord({source.request_id: RequestRecord(source) for source in sources})
+    sources = {source.request_id: source for source in workload.requests}
+    arrivals = Arrivals(workload, seed)
+    record = RunRecord()
     watch = StallWatch()
     origin = clock.now()
-    while pending or engine.has_unfinished_requests():
+    while arrivals or engine.has_unfinished_requests():
         now = clock.now() - origin
-        while pending and pending[0].arrival_time <= now:
-            add_named(engine, pending.popleft())
+        for request in arrivals.pop_due(now):
+            request_id, prompt = request.request_id, request.prompt_token_ids
+            source, arrival_s = sources[request_id], request.arrival_time
+            record.requests[request_id] = RequestRecord(source, prompt, arrival_s)
+            add_named(engine, request)
         if not engine.has_unfinished_requests():
-            clock.sleep(pending[0].arrival_time - now)
+            clock.sleep(arrivals.next_s - now)
             continue
         before_step()
         start_s = clock.now() - origin
         output = engine.step()
-        record.add_step(start_s, clock.now() - origin, output)
+        end_s = clock.now() - origin
+        record.add_step(start_s, end_s, output)
+        for token in output.tokens:
+            if token.finish_reason is not None:
+                done = record.requests[token.request_id]
+                arrivals.finish(done.request, done.prompt_token_ids, done.token_ids, end_s)
         watch.check(output)
         after_step()
     return record

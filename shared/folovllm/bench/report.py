@@ -11,7 +11,7 @@ import numpy as np
 from ..interfaces import StepStats
 from ..model.config import ModelConfig
 from ..workloads.workload import Workload
-from .late_requests import late_section, step_ranges
+from .late_requests import late_section, no_late_section, step_ranges
 from .metrics import RequestTimes, StepWork, latency_summary, summarise, throughput
 from .recorder import RequestRecord, RunRecord
 
@@ -34,11 +34,15 @@ def describe_workload(workload: Workload) -> dict[str, Any]:
 
 
 def speed_section(record: RunRecord, workload: Workload) -> dict[str, Any]:
-    """Duration, throughput and latencies, and those around late requests where there are any."""
+    """Duration, throughput and latencies; those by group and around late requests, or None."""
     times = [
-        RequestTimes(request.arrival_s, record.token_times_s(request.request_id))
+        RequestTimes(
+            record.requests[request.request_id].arrival_s,
+            record.token_times_s(request.request_id),
+        )
         for request in workload.requests
     ]
+    open_loop = workload.is_open_loop
     rates = throughput(
         num_requests=len(workload.requests),
         num_input_tokens=workload.num_input_tokens,
@@ -49,8 +53,20 @@ def speed_section(record: RunRecord, workload: Workload) -> dict[str, Any]:
         "duration_s": record.duration_s,
         **rates,
         **latency_summary(times),
-        **late_section(times, record.starts_s),
+        "ttft_by_group_s": _ttft_by_group([request.group for request in workload.requests], times),
+        **(late_section(times, record.starts_s) if open_loop else no_late_section()),
     }
+
+
+def _ttft_by_group(
+    groups: Sequence[str | None], times: Sequence[RequestTimes]
+) -> dict[str, dict[str, float | None]] | None:
+    """`summarise` of TTFT over the requests of each label; None if no request has one."""
+    ttft_s: dict[str, list[float]] = {}
+    for group, request in zip(groups, times, strict=True):
+        if group is not None:
+            ttft_s.setdefault(group, []).append(request.ttft_s)
+    return {group: summarise(values) for group, values in ttft_s.items()} or None
 
 
 def decode_step_summary(record: RunRecord) -> dict[str, Any]:
@@ -113,7 +129,7 @@ def step_works(record: RunRecord) -> list[StepWork]:
     cached, pairs = [0] * num_steps, [0] * num_steps
     prompts, prompt_pairs = [0] * num_steps, [0] * num_steps
     for request in record.requests.values():
-        prompt_len = len(request.request.prompt_token_ids)
+        prompt_len = request.request.num_prompt_tokens
         for k, step in enumerate(request.steps):
             rows[step] += 1
             if k == 0:
@@ -156,7 +172,7 @@ def check_record(record: RunRecord, workload: Workload) -> None:
                 f"request {source.request_id} ended with {len(request.token_ids)} tokens and "
                 f"finish reason {reason!r}; expected {source.output_len} and 'length'"
             )
-        if record.starts_s[request.steps[0]] < source.arrival_s:
+        if record.starts_s[request.steps[0]] < request.arrival_s:
             raise RuntimeError(f"request {source.request_id} ran before it arrived")
     num_tokens = [0] * len(record.stats)
     for request in record.requests.values():
@@ -181,9 +197,11 @@ def _request_row(record: RunRecord, request: RequestRecord) -> dict[str, Any]:
     digest = hashlib.sha256(np.asarray(request.token_ids, dtype="<i4").tobytes())
     return {
         "request_id": source.request_id,
-        "num_prompt_tokens": len(source.prompt_token_ids),
+        "follows": source.follows,
+        "group": source.group,
+        "num_prompt_tokens": source.num_prompt_tokens,
         "num_output_tokens": len(request.token_ids),
-        "arrival_s": source.arrival_s,
+        "arrival_s": round(request.arrival_s, _DECIMALS),
         "first_token_s": round(times[0], _DECIMALS),
         "last_token_s": round(times[-1], _DECIMALS),
         "token_steps": step_ranges(request.steps),

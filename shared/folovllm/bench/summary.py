@@ -19,6 +19,8 @@ def format_summary(result: dict[str, Any]) -> str:
         ("peak memory", f"{memory['total'] / 2**30:.2f} GiB"),
         ("duration", f"{result['duration_s']:.2f} s"),
     ]
+    for group, ttft in (result.get("ttft_by_group_s") or {}).items():
+        rows.append((f"TTFT {group} p50 / p99", _milliseconds(ttft)))
     if result.get("late_ttft_s") is not None:
         rows += [
             ("late TTFT p50 / p99", _milliseconds(result["late_ttft_s"])),

@@ -21,7 +21,8 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="SPEC",
         help="nano, nano:8 (its first 8 requests), fixed:batch=8,input=512,output=128, chat, "
-        "poisson:…, long-arrival:…, shared-prefix:…, azure:PATH, mooncake:PATH, sharegpt:PATH",
+        "poisson:…, long-arrival:…, shared-prefix:…, few-shot:…, prefix-hit:…, multi-turn:…, "
+        "multi-turn:PATH, azure:PATH, mooncake:PATH, sharegpt:PATH",
     )
     group.add_argument(
         "--output",

@@ -12,17 +12,23 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
+from ..bench.arrivals import make_request
+from ..bench.benchmark import run_benchmark
+from ..bench.probes import SystemClock
+from ..bench.recorder import record_run
 from ..entrypoints.beam_search import BeamSearchParams
 from ..entrypoints.llm import LLM
+from ..hardware import Ceilings
 from ..interfaces import Engine
 from ..model.loader import load_model
 from ..model.transformer import CausalLM
 from ..request import FinishReason, Request, SamplingParams
+from ..workloads.workload import make_workload
 from .driver import check_idle, check_step, drain, make_requests, random_prompts
 from .forced_sampler import ForcedSampler
 from .line_interrupts import LineInterrupt
@@ -143,6 +149,39 @@ class EngineContract:
         shuffled = random.Random(5).sample(requests, len(requests))
         drain(self.make_engine(toy_model), shuffled[:4], later={2: shuffled[4:]})
         assert [request.output_token_ids for request in requests] == alone
+
+    def test_conversation_goes_on_from_what_this_engine_answered(self, toy_model: CausalLM) -> None:
+        spec = "multi-turn:conversations=3,turns=3,system=20,question=2-9,output=3-8,think=0.001"
+        workload = make_workload(spec, vocab_size=199)
+        record = record_run(
+            self.make_engine(toy_model), workload, seed=0, clock=SystemClock(),
+            before_step=lambda: None, after_step=lambda: None,
+        )  # fmt: skip
+        for source in workload.requests:
+            done = record.requests[source.request_id]
+            if source.follows is not None:
+                before = record.requests[source.follows]
+                history = [*before.prompt_token_ids, *before.token_ids]
+                assert list(done.prompt_token_ids) == [*history, *source.prompt_token_ids]
+                assert done.arrival_s == record.token_times_s(source.follows)[-1] + 0.001
+            alone = make_request(source, done.prompt_token_ids, seed=0)
+            drain(self.make_engine(toy_model), [alone])
+            assert done.token_ids == alone.output_token_ids
+
+    def test_closed_loops_are_measured_from_end_to_end(self, toy_model: CausalLM) -> None:
+        ceilings = Ceilings(copy_bytes_per_s=1e9, matmul_flops_per_s=1e9, dtype="float32")
+        for spec, groups in (
+            ("multi-turn:conversations=2,turns=2,question=2-9,output=3-8,system=0", 2),
+            ("prefix-hit:prompt=40,cached=0.5/0.9,num=2", 3),
+        ):
+            llm = SimpleNamespace(engine=self.make_engine(toy_model), model=toy_model)
+            workload = make_workload(spec, vocab_size=199)
+            result = run_benchmark(llm, workload, stage=self.stage.__name__, ceilings=ceilings)
+            assert len(result["ttft_by_group_s"]) == groups
+            rows = {row["request_id"]: row for row in result["requests"]}
+            for row in rows.values():
+                if row["follows"] is not None:
+                    assert row["arrival_s"] >= rows[row["follows"]]["last_token_s"]
 
     def test_every_eos_id_of_the_generation_config_ends_a_request(
         self, toy_model: CausalLM

@@ -1,12 +1,14 @@
 """How each kind of workload draws its requests: random lengths, real prompts, replayed traces."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from . import traces
+from .conversations import multi_turn
 from .options import LenRange, WorkloadOptions
-from .source import WorkloadRequest, WorkloadSource, read_prompts
+from .prefixes import few_shot, prefix_hit, shared_prefix
+from .source import WorkloadRequest, WorkloadSource, all_at_once, numbered_request, read_prompts
 
 WorkloadBuilder = Callable[[WorkloadOptions, WorkloadSource], list[WorkloadRequest]]
 
@@ -18,7 +20,10 @@ def workload_builders() -> dict[str, WorkloadBuilder]:
         "fixed": _fixed,
         "poisson": _poisson,
         "long-arrival": _long_arrival,
-        "shared-prefix": _shared_prefix,
+        "shared-prefix": shared_prefix,
+        "few-shot": few_shot,
+        "prefix-hit": prefix_hit,
+        "multi-turn": multi_turn,
         "chat": _chat,
         "azure": _azure,
         "mooncake": _mooncake,
@@ -33,14 +38,14 @@ def _nano(options: WorkloadOptions, source: WorkloadSource) -> list[WorkloadRequ
     prompts = [
         tuple(rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))) for _ in range(256)
     ]
-    return _at_once((prompt, rng.randint(100, 1024)) for prompt in prompts)
+    return all_at_once((prompt, rng.randint(100, 1024)) for prompt in prompts)
 
 
 def _fixed(options: WorkloadOptions, source: WorkloadSource) -> list[WorkloadRequest]:
     batch, input_len = options.integer("batch", 8), options.integer("input", 512)
     output_len = options.integer("output", 128)
     options.finish()
-    return _at_once((source.random_tokens(f"{i}", input_len), output_len) for i in range(batch))
+    return all_at_once((source.random_tokens(f"{i}", input_len), output_len) for i in range(batch))
 
 
 def _poisson(options: WorkloadOptions, source: WorkloadSource) -> list[WorkloadRequest]:
@@ -51,8 +56,8 @@ def _poisson(options: WorkloadOptions, source: WorkloadSource) -> list[WorkloadR
     options.finish()
     rng, arrival_s, requests = source.rng(), 0.0, []
     for i in range(num):
-        prompt = source.random_tokens(f"{i}", _draw(rng, input_range))
-        requests.append(_request(i, prompt, _draw(rng, output_range), arrival_s))
+        prompt = source.random_tokens(f"{i}", input_range.draw(rng))
+        requests.append(numbered_request(i, prompt, output_range.draw(rng), arrival_s))
         arrival_s += rng.expovariate(rate)
     return requests
 
@@ -65,27 +70,9 @@ def _long_arrival(options: WorkloadOptions, source: WorkloadSource) -> list[Work
     at_s = options.positive_number("at", 0.5)
     options.finish()
     prompts = [source.random_tokens(f"{i}", input_len) for i in range(decoders)]
-    requests = _at_once((prompt, output_len) for prompt in prompts)
+    requests = all_at_once((prompt, output_len) for prompt in prompts)
     late_prompt = source.random_tokens("late", prompt_len)
-    return [*requests, _request(decoders, late_prompt, prompt_output_len, at_s)]
-
-
-def _shared_prefix(options: WorkloadOptions, source: WorkloadSource) -> list[WorkloadRequest]:
-    """Request i starts with the prefix of group i modulo groups, and goes on alone."""
-    groups, num = options.integer("groups", 4), options.integer("num", 32)
-    prefix_len = options.integer("prefix", 512)
-    suffix_range = options.len_range("suffix", LenRange(32, 128))
-    output_range = options.len_range("output", LenRange(32, 128))
-    options.finish()
-    rng = source.rng()
-    prefixes = [source.random_tokens(f"prefix {group}", prefix_len) for group in range(groups)]
-    return _at_once(
-        (
-            prefixes[i % groups] + source.random_tokens(f"suffix {i}", _draw(rng, suffix_range)),
-            _draw(rng, output_range),
-        )
-        for i in range(num)
-    )
+    return [*requests, numbered_request(decoders, late_prompt, prompt_output_len, at_s)]
 
 
 def _chat(options: WorkloadOptions, source: WorkloadSource) -> list[WorkloadRequest]:
@@ -104,7 +91,7 @@ def _chat(options: WorkloadOptions, source: WorkloadSource) -> list[WorkloadRequ
         tuple(tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}]))
         for prompt in prompts[:num]
     ]
-    return _at_once(
+    return all_at_once(
         (encoded[i % len(encoded)], rng.randint(min_output, max_output)) for i in range(num)
     )
 
@@ -112,7 +99,9 @@ def _chat(options: WorkloadOptions, source: WorkloadSource) -> list[WorkloadRequ
 def _azure(options: WorkloadOptions, source: WorkloadSource) -> list[WorkloadRequest]:
     rows = _replay(options, traces.read_azure(options.path()))
     return [
-        _request(i, source.random_tokens(f"{i}", row.input_len), row.output_len, row.arrival_s)
+        numbered_request(
+            i, source.random_tokens(f"{i}", row.input_len), row.output_len, row.arrival_s
+        )
         for i, row in enumerate(rows)
     ]
 
@@ -131,7 +120,7 @@ def _mooncake(options: WorkloadOptions, source: WorkloadSource) -> list[Workload
                 blocks[hash_id] = source.random_tokens(key, size)
         tokens = [token for hash_id in row.hash_ids for token in blocks[hash_id]]
         prompt = tuple(tokens[: row.input_len])
-        requests.append(_request(i, prompt, row.output_len, row.arrival_s))
+        requests.append(numbered_request(i, prompt, row.output_len, row.arrival_s))
     return requests
 
 
@@ -143,7 +132,7 @@ def _sharegpt(options: WorkloadOptions, source: WorkloadSource) -> list[Workload
     rows = [traces.TraceRow(0.0, len(p), len(a), prompt_token_ids=tuple(p)) for p, a in encoded]
     selected = _select(options, rows)
     options.values["num_dropped_without_exchange"] = num_without_exchange
-    return _at_once((row.prompt_token_ids, row.output_len) for row in selected)
+    return all_at_once((row.prompt_token_ids, row.output_len) for row in selected)
 
 
 def _replay(
@@ -167,21 +156,6 @@ def _select(
     options.finish()
     options.values.update(selection.report)
     return selection.rows
-
-
-def _at_once(sizes: Iterable[tuple[tuple[int, ...], int]]) -> list[WorkloadRequest]:
-    """(prompt, output length) pairs as requests that all arrive at the start."""
-    return [_request(i, prompt, output_len, 0.0) for i, (prompt, output_len) in enumerate(sizes)]
-
-
-def _request(
-    index: int, prompt: tuple[int, ...], output_len: int, arrival_s: float
-) -> WorkloadRequest:
-    return WorkloadRequest(prompt, output_len, round(arrival_s, 6), f"r{index}")
-
-
-def _draw(rng: random.Random, len_range: LenRange) -> int:
-    return rng.randint(len_range.low, len_range.high)
 
 
 def _uniform(rng: random.Random) -> Iterator[float]:

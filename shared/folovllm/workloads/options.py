@@ -1,6 +1,7 @@
 """Parsing of workload specs such as `poisson:rate=4,num=64,input=100-1024`."""
 
 import math
+import random
 import re
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -12,6 +13,9 @@ class LenRange:
 
     low: int
     high: int
+
+    def draw(self, rng: random.Random) -> int:
+        return rng.randint(self.low, self.high)
 
     def __str__(self) -> str:
         return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
@@ -48,7 +52,7 @@ class WorkloadOptions:
     def name(self) -> str:
         """A name for files: the kind and the options that were given, without the path."""
         described = [f"{key}{value}" for key, value in self.given.items()]
-        return "-".join([self.kind, *described])
+        return "-".join([self.kind, *described]).replace("/", "-")
 
     def integer(self, name: str, default: int, *, low: int = 1) -> int:
         text = self.given.get(name)
@@ -65,16 +69,29 @@ class WorkloadOptions:
 
     def positive_number(self, name: str, default: float) -> float:
         text = self.given.get(name)
-        value = default
-        if text is not None:
-            try:
-                value = float(text)
-            except ValueError:
-                value = math.nan
-            if not (math.isfinite(value) and value > 0):
-                self._refuse(name, text, "a number above 0")
+        value = default if text is None else _to_number(text)
+        if text is not None and not value > 0:
+            self._refuse(name, text, "a number above 0")
         self.values[name] = value
         return value
+
+    def seconds(self, name: str, default: float) -> float:
+        """A duration, which may be 0."""
+        text = self.given.get(name)
+        value = default if text is None else _to_number(text)
+        if text is not None and not value >= 0:
+            self._refuse(name, text, "a number of seconds, 0 or more")
+        self.values[name] = value
+        return value
+
+    def shares(self, name: str, default: str) -> list[float]:
+        """`0.9` or `0.5/0.9/0.99`: different numbers between 0 and 1, neither included."""
+        text = self.given.get(name, default)
+        values = [_to_number(part) for part in text.split("/")]
+        if not all(0 < value < 1 for value in values) or len(set(values)) < len(values):
+            self._refuse(name, text, "different shares between 0 and 1 like 0.9 or 0.5/0.9/0.99")
+        self.values[name] = text
+        return values
 
     def len_range(self, name: str, default: LenRange) -> LenRange:
         """`512` or `100-1024`."""
@@ -94,6 +111,10 @@ class WorkloadOptions:
         if not self.positional:
             raise ValueError(f"workload {self.spec!r} needs a file: {self.kind}:PATH")
         return self.positional
+
+    def optional_path(self) -> str | None:
+        """The file of a kind that takes a file, a count or nothing; None for the last two."""
+        return None if self.positional.isdecimal() else self.positional or None
 
     def head(self) -> int | None:
         """The count of `nano:8`; None when all requests are wanted."""
@@ -118,3 +139,12 @@ class WorkloadOptions:
 
     def _refuse(self, name: str, text: str, expected: str) -> NoReturn:
         raise ValueError(f"workload {self.spec!r}: {name} must be {expected}, got {text!r}")
+
+
+def _to_number(text: str) -> float:
+    """NaN, which is in no range, for what is no finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan

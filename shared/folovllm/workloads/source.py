@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Protocol
@@ -21,14 +21,38 @@ class PromptEncoder(Protocol):
 
 @dataclass(frozen=True)
 class WorkloadRequest:
-    """One request: these tokens arrive then, and this many are to be produced."""
+    """One request: these tokens arrive then, and this many are to be produced.
+
+    With `follows`, "then" is when another request has its last token (a closed loop). With
+    `history_len` as well, the prompt begins with tokens of that request, which nobody knows
+    before: its prompt and what the engine answered. Lengths are always known.
+    """
 
     prompt_token_ids: tuple[int, ...]
+    """The whole prompt, or what comes behind `history_len` tokens of history."""
     output_len: int
     """Tokens to produce; end-of-sequence tokens are ignored."""
     arrival_s: float
-    """Seconds after the start of the clock, a multiple of a microsecond."""
+    """Seconds after the start of the clock, or with `follows` after the last token of that
+    request (the time to think); a multiple of a microsecond."""
     request_id: str
+    follows: str | None = None
+    """Id of the request that must be done before this one can arrive; None: the clock decides."""
+    history_len: int = 0
+    """Tokens that the prompt begins with and that are not in `prompt_token_ids`: 0, or all of
+    the prompt and output of the request that this one follows."""
+    group: str | None = None
+    """Requests with the same label, say "turn 2", also get latencies of their own in a report."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of the whole prompt."""
+        return self.history_len + len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output."""
+        return self.num_prompt_tokens + self.output_len
 
 
 @dataclass(frozen=True)
@@ -68,6 +92,19 @@ class WorkloadSource:
                 f"or a workload of random tokens such as 'nano'"
             )
         return self.tokenizer
+
+
+def numbered_request(
+    index: int, prompt: tuple[int, ...], output_len: int, arrival_s: float
+) -> WorkloadRequest:
+    return WorkloadRequest(prompt, output_len, round(arrival_s, 6), f"r{index}")
+
+
+def all_at_once(sizes: Iterable[tuple[tuple[int, ...], int]]) -> list[WorkloadRequest]:
+    """(prompt, output length) pairs as requests that all arrive at the start."""
+    return [
+        numbered_request(i, prompt, output_len, 0.0) for i, (prompt, output_len) in enumerate(sizes)
+    ]
 
 
 def read_prompts() -> list[ChatPrompt]:

@@ -1,4 +1,4 @@
-"""Readers for published request traces (Azure CSV, Mooncake JSONL, ShareGPT JSON)."""
+"""Readers for published requests: Azure CSV, Mooncake and MT-Bench JSONL, ShareGPT JSON."""
 
 import csv
 import gzip
@@ -105,6 +105,23 @@ def read_sharegpt(path: str | Path) -> tuple[list[Conversation], int]:
     return conversations, len(found) - len(conversations)
 
 
+def read_turns(path: str | Path) -> list[tuple[str, ...]]:
+    """Read one JSON object a line with "turns": what a user asks one after the other.
+
+    The schema of MT-Bench's questions; other fields are ignored, `path` may be .gz. ValueError
+    names the file, the line and what was expected there.
+    """
+    with _open_text(path) as file:
+        found = [
+            _turns(path, line_number, line)
+            for line_number, line in enumerate(file, start=1)
+            if line.strip()
+        ]
+    if not found:
+        _refuse(path, 1, "at least one JSON object", "the end of the file")
+    return found
+
+
 def spread_arrivals(
     rows: Sequence[TraceRow], slot_s: float, uniform: Iterator[float]
 ) -> list[TraceRow]:
@@ -186,6 +203,17 @@ def _mooncake_row(path: str | Path, line_number: int, line: str) -> TraceRow:
         )
         _refuse(path, line_number, expected, line.strip())
     return TraceRow(timestamp / 1000, input_len, output_len, tuple(hash_ids))
+
+
+def _turns(path: str | Path, line_number: int, line: str) -> tuple[str, ...]:
+    try:
+        turns = json.loads(line)["turns"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        turns = None
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t for t in turns):
+        expected = 'a JSON object with "turns": a list of texts, none of them empty'
+        _refuse(path, line_number, expected, line.strip())
+    return tuple(turns)
 
 
 def _first_exchange(path: str | Path, index: int, entry: Any) -> Conversation | None:
