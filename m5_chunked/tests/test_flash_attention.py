@@ -155,14 +155,29 @@ def test_context_split_over_programs_equals_reference(context_len) -> None:
     check([(context_len, 1), (3, 1)], 2, 1, 16, 16, torch.float32)
 
 
-def test_meeting_points_are_zero_again_after_every_launch() -> None:
-    shares = [(300, 1), (2, 1)]
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [(511, 3)],
+        [(512, 3)],
+        [(1100, 8)],
+        [(1027, 9), (0, 7)],
+        [(1030, 2), (300, 1), (700, 4), (0, 40)],
+    ],
+)
+def test_context_of_a_chunk_split_over_programs_equals_reference(shares) -> None:
+    check(shares, 2, 1, 16, 16, torch.float32)
+
+
+@pytest.mark.parametrize("shares", [[(300, 1), (2, 1)], [(1100, 2), (300, 1)]])
+def test_meeting_points_are_zero_again_after_every_launch(shares) -> None:
     cache = FakeCache(shares, 16, 2, 16, torch.float32)
     cache.keys.normal_()
     cache.values.normal_()
     attention = TritonAttention(cache, 4, max_num_requests=2)
-    q = torch.randn(2, 4, 16, device=DEVICE)
-    k, v = torch.randn(2, 2, 2, 16, device=DEVICE)
+    num_tokens = sum(new for _, new in shares)
+    q = torch.randn(num_tokens, 4, 16, device=DEVICE)
+    k, v = torch.randn(2, num_tokens, 2, 16, device=DEVICE)
     metadata = metadata_of(shares, cache)
     attention.start_step(metadata)
     outs = [attention.forward(metadata, 1, q, k, v) for _ in range(3)]
@@ -190,26 +205,40 @@ def test_padding_rows_store_nothing_and_read_nothing() -> None:
     assert torch.equal(cache.keys.nan_to_num(7), before.nan_to_num(7))
 
 
-def planned_splits(shares: list[tuple[int, int]]) -> list[int]:
-    """Programs that each request gets of those of a key/value head."""
+def planned(shares: list[tuple[int, int]]) -> tuple[TritonAttention, list[int], list[int]]:
+    """Programs that each request gets of the decode kernel, and of the prefill kernel, per head."""
     attention = TritonAttention(FakeCache([(0, 1)], 16, 2, 16, torch.float32), 4, 300)
     query_lens = [new for _, new in shares]
-    attention.start_step(
-        AttentionMetadata(
-            cu_seqlens_q=torch.tensor([0, *accumulate(query_lens)], device=DEVICE).int(),
-            seq_lens=torch.tensor([c + n for c, n in shares], device=DEVICE).int(),
-            block_tables=torch.zeros(0, device=DEVICE),
-            slot_mapping=torch.zeros(0, device=DEVICE),
-            min_query_len=1,
-            max_query_len=max(query_lens),
-            max_seq_len=max(c + n for c, n in shares),
-        )
+    metadata = AttentionMetadata(
+        cu_seqlens_q=torch.tensor([0, *accumulate(query_lens)], device=DEVICE).int(),
+        seq_lens=torch.tensor([c + n for c, n in shares], device=DEVICE).int(),
+        block_tables=torch.zeros(0, device=DEVICE),
+        slot_mapping=torch.zeros(sum(query_lens), device=DEVICE),
+        min_query_len=1,
+        max_query_len=max(query_lens),
+        max_seq_len=max(c + n for c, n in shares),
     )
+    attention.start_step(metadata)
     starts = attention.split_starts[: len(shares) + 1].tolist()
-    assert starts[0] == 0
+    tile_starts = attention.tile_starts[: len(shares) + 1].tolist()
+    assert starts[0] == tile_starts[0] == 0
     assert starts[-1] <= attention.programs_per_head + len(shares), "the grid has not so many"
     assert starts[-1] * attention.num_kv_heads * attention.group <= len(attention.lse)
-    return [end - start for start, end in pairwise(starts)]
+    num_tiles = sum(query_lens) // tile_q(attention) + len(shares) + attention.tiles_per_head
+    assert tile_starts[-1] <= num_tiles, "the grid has not so many"
+    return (
+        attention,
+        [end - start for start, end in pairwise(starts)],
+        [end - start for start, end in pairwise(tile_starts)],
+    )
+
+
+def planned_splits(shares: list[tuple[int, int]]) -> list[int]:
+    return planned(shares)[1]
+
+
+def tile_q(attention: TritonAttention) -> int:
+    return attention.small_tiles.rows // attention.stack
 
 
 def test_programs_are_given_out_by_the_length_of_contexts() -> None:
@@ -232,9 +261,26 @@ def test_chunks_and_padding_get_no_program_of_the_decode_kernel() -> None:
     assert planned_splits([(9, 1), *padding]) == [1, 0, 0]
 
 
+def test_contexts_of_chunks_are_split_where_tiles_do_not_fill_the_device() -> None:
+    attention, splits, tiles = planned([(100_000, 3)])
+    per_head, part = attention.tiles_per_head, 8 * attention.small_tiles.keys
+    assert (splits, tiles) == ([0], [min(per_head, MAX_SPLITS)])
+    size = tile_q(attention)
+    assert planned([(0, 3), (0, size + 1), (50, 1)])[2] == [1, 2, 0]
+    assert planned([(2 * part - 1, 3)])[2] == [1], "a part is worth its merging"
+    assert planned([(2 * part, 3)])[2] == [2]
+    assert planned([(100_000, per_head * size)])[2] == [per_head], "enough tiles: no parts"
+    assert planned([(100_000, 3), (0, 3)])[2] == [min(per_head, MAX_SPLITS), 1]
+    attention, _, tiles = planned([(100_000, 2), (0, 5), (100_000, 2), (40_000, 2)])
+    num_parts = [0 if count == 1 else count for count in tiles]
+    assert attention.part_starts[:4].tolist() == [0, *accumulate(num_parts[:3])]
+    assert sum(num_parts) <= per_head
+
+
 def test_plan_of_more_requests_than_a_program_looks_at_in_one_go() -> None:
     lengths = [(i * 37 % 500, 1 if i % 5 else 3) for i in range(300)]
     assert planned_splits(lengths) == [0 if new > 1 else 1 for _, new in lengths]
+    assert planned(lengths)[2] == [1 if new > 1 else 0 for _, new in lengths]
     check([(i % 7, 1) for i in range(270)], 2, 1, 16, 16, torch.float32)
 
 
