@@ -100,6 +100,7 @@ def _prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     OFFSET_TYPE: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -125,13 +126,15 @@ def _prefill_kernel(
     num_cached = tl.load(seq_lens_ptr + request) - query_len
     first_program = tl.load(tile_starts_ptr + request)
     num_programs = tl.load(tile_starts_ptr + request + 1) - first_program
-    num_splits = num_programs // tl.cdiv(query_len, TILE_Q)
+    num_splits, split, begin, end = 1, 0, 0, num_cached
+    if MAX_SPLITS > 1:
+        num_splits = num_programs // tl.cdiv(query_len, TILE_Q)
+        split = (program - first_program) % num_splits
+        split_len = tl.cdiv(tl.cdiv(num_cached, num_splits), TILE_K) * TILE_K
+        begin = tl.minimum(split * split_len, num_cached)
+        end = tl.minimum(begin + split_len, num_cached)
     first_query = (program - first_program) // num_splits * TILE_Q
-    split = (program - first_program) % num_splits
     is_last = split == num_splits - 1
-    split_len = tl.cdiv(tl.cdiv(num_cached, num_splits), TILE_K) * TILE_K
-    begin = tl.minimum(split * split_len, num_cached)
-    end = tl.minimum(begin + split_len, num_cached)
     num_queries = tl.minimum(query_len - first_query, TILE_Q)
     first_token = (start + first_query).to(tl.int64)
     rows = tl.arange(0, TILE_Q * STACK)
@@ -223,7 +226,7 @@ def _prefill_kernel(
     out_ptr += (first_token * NUM_HEADS + head) * HEAD_DIM
     row_offsets = (rows // STACK * NUM_HEADS + rows % STACK) * HEAD_DIM
     out_ptrs = out_ptr + row_offsets[:, None] + dims[None, :]
-    if num_splits == 1:
+    if MAX_SPLITS == 1 or num_splits == 1:
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_row)
     else:  # meet as the programs of the decode kernel do
         first_part = tl.load(part_starts_ptr + request) + program - first_program - split
@@ -270,6 +273,7 @@ def _plan_kernel(
     NUM_TILES: tl.constexpr,
     TILE_Q: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
+    MAX_TILE_SPLITS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
 ):
     """Write which programs of a head each request gets, in both kernels; see `start_step`.
@@ -295,7 +299,7 @@ def _plan_kernel(
         tl.store(split_starts_ptr + 1 + requests, split_start + tl.cumsum(splits), mask=is_request)
         split_start += tl.sum(splits, axis=0)
         splits = tl.minimum(keys * NUM_TILES // tl.maximum(num_tile_keys, 1), keys // MIN_SPLIT)
-        splits = tl.minimum(tl.maximum(splits, 1), MAX_SPLITS).to(tl.int32)
+        splits = tl.minimum(tl.maximum(splits, 1), MAX_TILE_SPLITS).to(tl.int32)
         tiles = tl.where(query_len > 1, tl.cdiv(query_len, TILE_Q) * splits, 0).to(tl.int32)
         tl.store(tile_starts_ptr + 1 + requests, tile_start + tl.cumsum(tiles), mask=is_request)
         tile_start += tl.sum(tiles, axis=0)
@@ -463,6 +467,8 @@ class _Tiles(NamedTuple):
     """Tiles of keys and values on their way from memory while one is computed, plus that one."""
     max_registers: int | None = None
     """Of a thread; None leaves it to the compiler."""
+    max_splits: int = MAX_SPLITS
+    """Most programs that share a tile's context."""
 
 
 def _prefill_tiles(dim_block: int, dtype: torch.dtype) -> tuple[_Tiles, _Tiles]:
@@ -479,7 +485,8 @@ def _prefill_tiles(dim_block: int, dtype: torch.dtype) -> tuple[_Tiles, _Tiles]:
         return tiles, tiles
     return (
         _Tiles(rows=64, keys=64, num_warps=4, num_stages=3),
-        _Tiles(rows=128, keys=64, num_warps=8, num_stages=2, max_registers=128),
+        # Chosen where they fill the device: no context is split, and no register is lost to it.
+        _Tiles(rows=128, keys=64, num_warps=8, num_stages=2, max_registers=128, max_splits=1),
     )
 
 
@@ -557,6 +564,7 @@ class TritonAttention:
             NUM_TILES=self.tiles_per_head,
             TILE_Q=tiles.rows // self.stack,
             MIN_SPLIT=_MIN_SPLIT_TILES * tiles.keys,
+            MAX_TILE_SPLITS=tiles.max_splits,
             MAX_SPLITS=MAX_SPLITS,
         )
 
@@ -613,6 +621,7 @@ class TritonAttention:
             STACK=self.stack,
             TILE_Q=tile_q,
             TILE_K=tiles.keys,
+            MAX_SPLITS=tiles.max_splits,
             OFFSET_TYPE=self.offset_type,
             NUM_STAGES=tiles.num_stages,
             num_warps=tiles.num_warps,

@@ -169,6 +169,17 @@ def test_context_of_a_chunk_split_over_programs_equals_reference(shares) -> None
     check(shares, 2, 1, 16, 16, torch.float32)
 
 
+def test_large_tiles_split_no_context_and_equal_the_reference() -> None:
+    num_queries = 192 if not HAS_CUDA else 128 * 200
+    shares = [(2 * num_queries + 5, num_queries), (40, 1)]
+    cache = FakeCache([(0, 1)], 16, 2, 16, torch.float16)
+    attention = TritonAttention(cache, 4, max_num_requests=2)
+    metadata = metadata_of(shares, FakeCache(shares, 16, 2, 16, torch.float16))
+    assert attention._prefill_tiles_of(metadata, num_queries) is attention.large_tiles
+    if not HAS_CUDA:  # the reference would take all scores of as many queries as fill a GPU
+        check(shares, 4, 2, 16, 16, torch.float16)
+
+
 @pytest.mark.parametrize("shares", [[(300, 1), (2, 1)], [(1100, 2), (300, 1)]])
 def test_meeting_points_are_zero_again_after_every_launch(shares) -> None:
     cache = FakeCache(shares, 16, 2, 16, torch.float32)
