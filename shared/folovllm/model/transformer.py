@@ -16,50 +16,35 @@ import torch.nn.functional as F
 from ..interfaces import AttendFn
 from ..kernels.selection import Kernels
 from .config import ModelConfig
+from .linear import Linear, LinearFactory, Part
 from .rope import RotaryTable
 
 
-class Linear:
-    """y = x W^T + b; weight: [out_features, in_features]. Starts uninitialised."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        has_bias: bool,
-        kernels: Kernels,
-        like: torch.Tensor,
-    ):
-        self.kernels = kernels
-        self.weight = like.new_empty(out_features, in_features)
-        self.bias = like.new_empty(out_features) if has_bias else None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.kernels.linear(x, self.weight, self.bias)
-
-    def gated(self, x: torch.Tensor) -> torch.Tensor:
-        """silu of the first half of the outputs times the second half."""
-        return self.kernels.gated_linear(x, self.weight, self.bias)
-
-
-class Attention:
+class Attention(Part):
     """Projections, QK-norm and RoPE around the stage's attention.
 
     The three input projections are one matrix (q heads, then k, then v): one launch that reads
     the activations once.
     """
 
-    def __init__(self, config: ModelConfig, layer_idx: int, kernels: Kernels, like: torch.Tensor):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer_idx: int,
+        kernels: Kernels,
+        like: torch.Tensor,
+        linear: LinearFactory,
+    ) -> None:
         self.config, self.layer_idx, self.kernels = config, layer_idx, kernels
         num_all_heads = config.num_heads + 2 * config.num_kv_heads
-        self.qkv_proj = Linear(
+        self.qkv_proj = linear(
             config.hidden_size,
             num_all_heads * config.head_dim,
             config.qkv_bias,
             kernels,
             like,
         )
-        self.o_proj = Linear(
+        self.o_proj = linear(
             config.num_heads * config.head_dim,
             config.hidden_size,
             config.o_bias,
@@ -88,28 +73,37 @@ class Attention:
         return self.o_proj(attended.reshape(x.shape[0], -1))
 
 
-class MLP:
+class MLP(Part):
     """down(silu(gate(x)) * up(x)), gate and up as one matrix."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels, like: torch.Tensor):
+    def __init__(
+        self, config: ModelConfig, kernels: Kernels, like: torch.Tensor, linear: LinearFactory
+    ) -> None:
         size = config.intermediate_size
-        self.gate_up_proj = Linear(config.hidden_size, 2 * size, config.mlp_bias, kernels, like)
-        self.down_proj = Linear(size, config.hidden_size, config.mlp_bias, kernels, like)
+        self.gate_up_proj = linear(config.hidden_size, 2 * size, config.mlp_bias, kernels, like)
+        self.down_proj = linear(size, config.hidden_size, config.mlp_bias, kernels, like)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x, result: [num_tokens, hidden_size]."""
         return self.down_proj(self.gate_up_proj.gated(x))
 
 
-class DecoderLayer:
+class DecoderLayer(Part):
     """Attention and MLP, each behind an RMSNorm, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer_idx: int, kernels: Kernels, like: torch.Tensor):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer_idx: int,
+        kernels: Kernels,
+        like: torch.Tensor,
+        linear: LinearFactory = Linear,
+    ) -> None:
         self.kernels, self.eps = kernels, config.rms_norm_eps
         self.input_layernorm = like.new_empty(config.hidden_size)
-        self.self_attn = Attention(config, layer_idx, kernels, like)
+        self.self_attn = Attention(config, layer_idx, kernels, like, linear)
         self.post_attention_layernorm = like.new_empty(config.hidden_size)
-        self.mlp = MLP(config, kernels, like)
+        self.mlp = MLP(config, kernels, like, linear)
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor, cos_sin: torch.Tensor, attend: AttendFn
@@ -131,13 +125,19 @@ class CausalLM:
     """
 
     def __init__(
-        self, config: ModelConfig, kernels: Kernels, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        device: torch.device,
+        linear: LinearFactory = Linear,
     ) -> None:
         like = torch.empty(0, dtype=dtype, device=device)
         self.config, self.kernels, self.dtype, self.device = config, kernels, dtype, device
         self.embed_tokens = like.new_empty(config.vocab_size, config.hidden_size)
         self.layers = [
-            DecoderLayer(config, layer_idx, kernels, like) for layer_idx in range(config.num_layers)
+            DecoderLayer(config, layer_idx, kernels, like, linear)
+            for layer_idx in range(config.num_layers)
         ]
         self.norm = like.new_empty(config.hidden_size)
         self.lm_head = (
@@ -189,5 +189,5 @@ def _named_tensors(part: object, prefix: str) -> Iterator[tuple[str, torch.Tenso
     for name, member in members:
         if isinstance(member, torch.Tensor):
             yield f"{prefix}{name}", member
-        elif isinstance(member, list | Linear | Attention | MLP | DecoderLayer):
+        elif isinstance(member, list | Part):
             yield from _named_tensors(member, f"{prefix}{name}.")
