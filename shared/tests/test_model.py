@@ -307,6 +307,26 @@ def test_yarn_reaches_to_factor_times_the_original_context(tmp_path: Path) -> No
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("quantization", ["awq", {"quant_method": "awq", "bits": 4}])
+@pytest.mark.parametrize("name", ["quantization_config", "compression_config"])
+def test_quantised_checkpoint_is_refused_where_matrices_are_plain(
+    tmp_path: Path, name: str, quantization: Any
+) -> None:
+    directory = write_toy_model(toy_families()[0], tmp_path)
+    config_path = directory / "config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config_path.write_text(json.dumps({**config, name: quantization}), encoding="utf-8")
+    assert (ModelConfig.from_directory(directory).quantization or {})["quant_method"] == "awq"
+    with pytest.raises(ValueError, match=r"quantised \(awq\); give an unquantised one"):
+        load_model(directory)
+
+
+def test_quantisation_that_autogptq_wrote_into_a_file_of_its_own_is_read(tmp_path: Path) -> None:
+    directory = write_toy_model(toy_families()[0], tmp_path)
+    (directory / "quantize_config.json").write_text('{"bits": 4}', encoding="utf-8")
+    assert ModelConfig.from_directory(directory).quantization == {"quant_method": "gptq", "bits": 4}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -317,7 +337,6 @@ def test_yarn_reaches_to_factor_times_the_original_context(tmp_path: Path) -> No
         ({"hidden_size": "8"}, "at least 1 as hidden_size, got '8'"),
         ({"num_hidden_layers": 0}, "at least 1 as num_hidden_layers, got 0"),
         ({"hidden_size": 9}, "hidden_size 9 is no multiple of num_attention_heads 4"),
-        ({"quantization_config": "awq"}, r"quantised \(awq\)"),
         ({"per_layer_config": {"0": {}}}, "per_layer_config"),
         (
             {"model_type": "qwen2", "layer_types": ["linear_attention"]},
@@ -325,7 +344,6 @@ def test_yarn_reaches_to_factor_times_the_original_context(tmp_path: Path) -> No
         ),
         ({"model_type": "gpt2"}, "'gpt2' is not supported; this engine runs llama, mistral"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"quantization_config": {"quant_method": "awq"}}, r"quantised \(awq\)"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
         ({"logits_scaling": 8.0}, "logits_scaling=8.0"),
     ],

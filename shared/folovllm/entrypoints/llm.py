@@ -11,6 +11,7 @@ import torch
 from ..interfaces import Engine
 from ..memory import kv_cache_allocation
 from ..model.config import ModelConfig
+from ..model.linear import plain_linears
 from ..model.loader import load_model, resolve_model_directory
 from ..request import SamplingParams
 from ..text.tokenizer import Message, Tokenizer
@@ -55,6 +56,8 @@ class LLM:
 
     config_class: ClassVar[type[Any]]
     engine_class: ClassVar[Callable[..., Engine]]
+    linears: ClassVar[Callable[..., Any]] = staticmethod(plain_linears)
+    """What computes the matrices of the layers, see `LinearsOf`."""
 
     def __init__(
         self,
@@ -85,7 +88,12 @@ class LLM:
         _check_config(model)  # first: a tokenizer's reader would blame the tokenizer for it
         self.tokenizer = _load_tokenizer(model, tokenizer)
         self.model = load_model(
-            model, load_format=load_format, dtype=dtype, device=device, seed=seed
+            model,
+            load_format=load_format,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            linears=self.linears,
         )
         config = self._limit_model_len(config, was_given="max_model_len" in engine_options)
         with kv_cache_allocation():

@@ -14,6 +14,7 @@ from .published_settings import (
     head_dim_of,
     num_kv_heads_of,
     number,
+    quantization_of,
     refuse_other_computations,
     sliding_window_of,
     supported_type,
@@ -54,6 +55,8 @@ class ModelConfig:
     """The dtype the checkpoint was written in."""
     bos_token_id: int | None = None
     eos_token_ids: frozenset[int] = frozenset()
+    quantization: dict[str, Any] | None = None
+    """How the checkpoint's matrices are stored, in its own words; None: as they are."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -72,6 +75,10 @@ class ModelConfig:
         config = _read_json(directory / "config.json")
         generation_path = directory / "generation_config.json"
         generation = _read_json(generation_path) if generation_path.exists() else {}
+        # AutoGPTQ wrote a file of its own, and config.json said nothing.
+        gptq_path = directory / "quantize_config.json"
+        if gptq_path.exists() and not config.get("quantization_config"):
+            config["quantization_config"] = {"quant_method": "gptq", **_read_json(gptq_path)}
         try:
             return cls.from_hf(config, generation)
         except KeyError as error:
@@ -117,6 +124,7 @@ class ModelConfig:
             dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=eos_token_ids(config, generation or {}),
+            quantization=quantization_of(config),
         )
 
     @staticmethod

@@ -6,6 +6,7 @@ import torch
 
 from ..kernels.selection import select_kernels
 from .config import ModelConfig
+from .linear import LinearsOf, plain_linears
 from .transformer import CausalLM
 from .weights import load_random, load_safetensors, with_published_head
 
@@ -25,6 +26,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     seed: int = 0,
+    linears: LinearsOf = plain_linears,
 ) -> CausalLM:
     """Build the model and fill it.
 
@@ -32,8 +34,8 @@ def load_model(
     directory with a config.json. load_format: "auto" and "safetensors" read the checkpoint,
     "dummy" draws random weights from `seed` on the device. dtype: "auto" is the checkpoint's on
     CUDA and float32 on a CPU. device: "auto" is CUDA where there is one; "cuda:1" becomes the
-    process's current device, so a process serves from one device. ValueError or
-    FileNotFoundError name what is wrong.
+    process's current device, so a process serves from one device. linears: what computes the
+    matrices of the layers. ValueError or FileNotFoundError name what is wrong.
     """
     target = resolve_device(device)
     if target.index is not None:
@@ -54,7 +56,11 @@ def load_model(
         )
     with torch.no_grad():
         causal_lm = CausalLM(
-            config, select_kernels(target), resolve_dtype(dtype, config, target), target
+            config,
+            select_kernels(target),
+            resolve_dtype(dtype, config, target),
+            target,
+            linears(config.quantization),
         )
         if load_format == "dummy":
             load_random(causal_lm, seed)

@@ -22,12 +22,6 @@ def refuse_other_computations(config: dict[str, Any]) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(f"hidden_act {activation!r} is not supported, only 'silu'")
-    for name in ("quantization_config", "compression_config"):
-        quantization = config.get(name)
-        if quantization:
-            is_object = isinstance(quantization, dict)
-            method = quantization.get("quant_method") if is_object else quantization
-            raise ValueError(f"this checkpoint is quantised ({method}); give an unquantised one")
     # Llama and Mistral derivatives carry extra factors; ignoring one gives silent nonsense.
     neutral = {
         "attention_multiplier": None,
@@ -42,6 +36,17 @@ def refuse_other_computations(config: dict[str, Any]) -> None:
     for name, value in neutral.items():
         if config.get(name, value) not in (value, None):
             raise ValueError(f"config.json sets {name}={config[name]!r}, which is not supported")
+
+
+def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What the checkpoint says about how its weights are stored; None if it says nothing."""
+    for name in ("quantization_config", "compression_config"):
+        quantization = config.get(name)
+        if quantization:
+            return (
+                quantization if isinstance(quantization, dict) else {"quant_method": quantization}
+            )
+    return None
 
 
 def whole_number(config: dict[str, Any], name: str) -> int:

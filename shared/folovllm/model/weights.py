@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .config import ModelConfig
-from .transformer import CausalLM
+from .linear import LinearLayer, Slice
+from .transformer import CausalLM, DecoderLayer
 
 _INITIAL_STD = 0.02
 """Standard deviation of random weights; what the published models were initialised with."""
@@ -47,7 +48,7 @@ def load_safetensors(model: CausalLM, directory: Path) -> None:
     """
     targets = published_tensors(model)
     missing: set[str] = set(targets)
-    unexpected, misshapen, quantised = [], [], []
+    unexpected, misshapen, other_kind = [], [], []
     for name, tensor in iter_safetensors(directory):
         if name == _HEAD and model.config.tie_word_embeddings:
             name = _EMBEDDING
@@ -58,8 +59,8 @@ def load_safetensors(model: CausalLM, directory: Path) -> None:
                 unexpected.append(name)
         elif target.shape != tensor.shape:
             misshapen.append(f"{name} is {list(tensor.shape)}, expected {list(target.shape)}")
-        elif not tensor.is_floating_point() or tensor.itemsize < 2:
-            quantised.append(f"{name} is {tensor.dtype}".replace("torch.", ""))
+        elif not _is_convertible(tensor, target):
+            other_kind.append(f"{name} is {tensor.dtype}".replace("torch.", ""))
         else:
             target.copy_(tensor)
         missing.discard(name)
@@ -67,7 +68,8 @@ def load_safetensors(model: CausalLM, directory: Path) -> None:
         "missing": ", ".join(sorted(missing)),
         "unexpected": ", ".join(unexpected),
         "wrong shape": "; ".join(misshapen),
-        "quantised, where float32, bfloat16 or float16 belongs": ", ".join(quantised),
+        "of another kind (quantised, where float32, bfloat16 or float16 belongs, or not, where "
+        "integers belong)": ", ".join(other_kind),
     }
     if any(problems.values()):
         listed = "; ".join(f"{what}: {names}" for what, names in problems.items() if names)
@@ -75,6 +77,15 @@ def load_safetensors(model: CausalLM, directory: Path) -> None:
             f"the weights in {directory} do not fit its config.json "
             f"({model.config.model_type}); {listed}"
         )
+    for layer in model.layers:
+        for linear in layer_linears(layer).values():
+            linear.finish()
+
+
+def _is_convertible(tensor: torch.Tensor, target: torch.Tensor) -> bool:
+    if target.is_floating_point():
+        return tensor.is_floating_point() and tensor.itemsize >= 2
+    return tensor.dtype == target.dtype
 
 
 def load_random(model: CausalLM, seed: int) -> None:
@@ -149,27 +160,60 @@ def _shard_names(index: Path) -> list[str]:
 
 
 def published_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
-    """Name in a published checkpoint -> the view of our parameter that it fills."""
-    config = model.config
-    q_rows = config.num_heads * config.head_dim
-    kv_rows = config.num_kv_heads * config.head_dim
-    splits = {
-        "qkv_proj": (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows)),
-        "gate_up_proj": tuple(
-            (name, config.intermediate_size) for name in ("gate_proj", "up_proj")
-        ),
-    }
-    targets: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        prefix = "" if name == "lm_head" else "model."
-        suffix = "" if name.endswith((".weight", ".bias")) else ".weight"
-        merged = next((merged for merged in splits if f".{merged}." in name), None)
-        if merged is None:
-            targets[prefix + name + suffix] = parameter
-            continue
-        start = 0
-        for part, num_rows in splits[merged]:
-            view = parameter[start : start + num_rows]
-            targets[prefix + name.replace(merged, part) + suffix] = view
-            start += num_rows
+    """Name in a published checkpoint -> where in our model it belongs.
+
+    Merged matrices have a target for each of the matrices that make them up.
+    """
+    targets = {_EMBEDDING: model.embed_tokens, "model.norm.weight": model.norm}
+    if not model.config.tie_word_embeddings:
+        targets[_HEAD] = model.lm_head
+    for index, layer in enumerate(model.layers):
+        prefix = f"model.layers.{index}."
+        targets |= {prefix + name: tensor for name, tensor in layer_tensors(layer).items()}
     return targets
+
+
+def layer_tensors(layer: DecoderLayer) -> dict[str, torch.Tensor]:
+    """As `published_tensors`, of one layer; names without what comes before the layer's parts."""
+    attention = layer.self_attn
+    targets = {
+        "input_layernorm.weight": layer.input_layernorm,
+        "post_attention_layernorm.weight": layer.post_attention_layernorm,
+    }
+    for name, norm in (("q_norm", attention.q_norm), ("k_norm", attention.k_norm)):
+        if norm is not None:
+            targets[f"self_attn.{name}.weight"] = norm
+    for (part, linear), slices in zip(
+        layer_linears(layer).items(), layer_slices(attention.config).values(), strict=True
+    ):
+        prefix = part.rpartition(".")[0]
+        targets |= {f"{prefix}.{name}": view for name, view in linear.targets(slices).items()}
+    return targets
+
+
+def layer_linears(layer: DecoderLayer) -> dict[str, LinearLayer]:
+    """The matrices of a layer, in the order in which data meets them."""
+    return {
+        "self_attn.qkv_proj": layer.self_attn.qkv_proj,
+        "self_attn.o_proj": layer.self_attn.o_proj,
+        "mlp.gate_up_proj": layer.mlp.gate_up_proj,
+        "mlp.down_proj": layer.mlp.down_proj,
+    }
+
+
+def layer_slices(config: ModelConfig) -> dict[str, tuple[Slice, ...]]:
+    """What each of `layer_linears` is in a checkpoint."""
+    q_rows, kv_rows = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+    return {
+        "self_attn.qkv_proj": (
+            Slice("q_proj", q_rows),
+            Slice("k_proj", kv_rows),
+            Slice("v_proj", kv_rows),
+        ),
+        "self_attn.o_proj": (Slice("o_proj", config.hidden_size),),
+        "mlp.gate_up_proj": (
+            Slice("gate_proj", config.intermediate_size),
+            Slice("up_proj", config.intermediate_size),
+        ),
+        "mlp.down_proj": (Slice("down_proj", config.hidden_size),),
+    }
