@@ -1,4 +1,4 @@
-"""M5's bookkeeping keeps the contract of every scheduler, also with steps launched ahead."""
+"""M6's bookkeeping keeps the contract of every scheduler, also with steps launched ahead."""
 
 import random
 from typing import Any, ClassVar
@@ -7,10 +7,12 @@ from folovllm.testing.chunked_driver import ChunkedDriver
 from folovllm.testing.scheduler_contract import SchedulerContract
 from folovllm.testing.scheduler_driver import SchedulerDriver
 from m6_prefix.config import PreemptionMode, SchedulingPolicy
+from m6_prefix.tests.prefix_fuzz import PrefixFuzz
 
 
 class TestSchedulerContract(SchedulerContract):
     stage = "m6_prefix"
+    fuzz = PrefixFuzz
     num_ahead: ClassVar[int] = 0
 
     def make_driver(self, config: Any, num_cache_tokens: int) -> SchedulerDriver:
@@ -26,6 +28,7 @@ class TestSchedulerContract(SchedulerContract):
             "max_chunk_tokens": rng.choice([None, None, 1, 2, 3, 5, 16]),
             "scheduling_policy": rng.choice(list(SchedulingPolicy)),
             "block_size": rng.choice([1, 2, 3, 4, 7, 16, 64]),
+            "enable_prefix_caching": rng.random() < 0.9,
             "preemption_mode": rng.choice(list(PreemptionMode)),
             "swap_cache_tokens": rng.choice([0, 20, 200]),
         }

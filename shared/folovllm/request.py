@@ -165,8 +165,8 @@ class Request:
     fork_of: "Request | None" = None
     """A request with the same prompt, whose computed keys and values this one may share."""
     cache_salt: str | None = None
-    """Only requests with the same salt share cached prefixes; None is a salt like any other. A
-    stage without a prefix cache shares nothing, whatever the salt."""
+    """Only requests with the same salt share cached prefixes, those with None among themselves; a
+    fork has its parent's. A stage without a prefix cache shares nothing, whatever the salt."""
     is_steered: bool = False
     """Whether its maker looks at every token before there is to be another, as beam search does."""
     arrival_time: float = 0.0
