@@ -9,7 +9,7 @@ from folovllm.request import Request
 
 from .block_pool import BlockPool
 from .config import EngineConfig
-from .prefix_cache import TOKEN_BYTES, PrefixCache, token_bytes
+from .prefix_cache import TOKEN_BYTES, PrefixCache, split_blocks, token_bytes
 
 
 class CopyKind(Enum):
@@ -161,9 +161,10 @@ class KVCacheManager:
         """
         if not self.is_caching:
             return
+        num_cached_blocks, block_size = self.num_cached_blocks, self.block_size
         for request in requests:
-            num_cached = self.num_cached_blocks.get(request.request_id, 0)
-            if request.num_computed_tokens >= (num_cached + 1) * self.block_size:
+            num_cached = num_cached_blocks.get(request.request_id, 0)
+            if request.num_computed_tokens // block_size > num_cached:
                 self._publish(request, num_cached)
 
     def _publish(self, request: Request, num_cached: int) -> None:
@@ -172,9 +173,9 @@ class KVCacheManager:
             return  # aborted when its step was under way
         num_known_tokens = min(request.num_computed_tokens, len(request.token_ids))
         num_blocks = num_known_tokens // self.block_size
-        for index in range(num_cached, num_blocks):
-            start = index * self.block_size
-            key = token_bytes(request.token_ids[start : start + self.block_size])
+        first, last = num_cached * self.block_size, num_blocks * self.block_size
+        keys = split_blocks(token_bytes(request.token_ids[first:last]), self.block_size)
+        for index, key in enumerate(keys, start=num_cached):
             parent_id = block_table[index - 1] if index else None
             own = block_table[index]
             cached = self.prefix_cache.insert(parent_id, key, own, request.cache_salt)

@@ -3,7 +3,7 @@
 from array import array
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 TOKEN_BYTES = 4
@@ -12,6 +12,18 @@ TOKEN_BYTES = 4
 def token_bytes(token_ids: Sequence[int]) -> bytes:
     """Tokens as the trie knows them, 4 bytes each."""
     return array("i", token_ids).tobytes()
+
+
+def split_blocks(tokens: bytes, block_size: int) -> Iterator[bytes]:
+    """Block after block; the last one may be shorter."""
+    num_bytes = block_size * TOKEN_BYTES
+    for start in range(0, len(tokens), num_bytes):
+        yield tokens[start : start + num_bytes]
+
+
+def tokens_of(key: bytes) -> Sequence[int]:
+    """What `token_bytes` was given."""
+    return array("i", key)
 
 
 class Match(NamedTuple):
@@ -92,15 +104,15 @@ class PrefixCache:
         node = self.root.children.get(_salt_key(salt))
         if node is None:
             return Match(block_ids, 0)
-        num_bytes = self.block_size * TOKEN_BYTES
-        for start in range(0, len(tokens), num_bytes):
-            child = node.children.get(tokens[start : start + num_bytes])
+        for key in split_blocks(tokens, self.block_size):
+            child = node.children.get(key)
             if child is None or child.block_id is None:
                 break
             node = child
             block_ids.append(child.block_id)
         num_tokens = len(block_ids) * self.block_size
-        rest = tokens[num_tokens * TOKEN_BYTES :][:num_bytes]
+        start = num_tokens * TOKEN_BYTES
+        rest = tokens[start : start + self.block_size * TOKEN_BYTES]
         closest = node.closest(rest)
         if closest is not None and closest.block_id is not None:
             num_common_tokens = _num_common_tokens(closest.key, rest)

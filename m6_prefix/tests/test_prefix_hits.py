@@ -4,6 +4,7 @@ Every cache is full of NaN at the start, so that reading what nobody computed sh
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from m6_prefix.config import PreemptionMode
 from m6_prefix.engine import LLMEngine
 from m6_prefix.tests.invariants import check_blocks
 from m6_prefix.tests.test_chunks import ASYNC, CHUNKS, chunked_engine
+from m6_prefix.tests.test_prefix_sharing import noting
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -71,7 +73,7 @@ def test_cold_and_warm_prompts_get_transformers_tokens(
 @pytest.mark.parametrize("mode", PreemptionMode)
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(10, 16), (40, 4), (160, 1), (18, 9)])
 def test_cache_that_is_evicted_all_the_time_gives_transformers_tokens(
-    model, prompts, expected, mode, num_blocks, block_size, is_async
+    model, prompts, expected, mode, num_blocks, block_size, is_async, monkeypatch
 ) -> None:
     engine = chunked_engine(
         model,
@@ -81,17 +83,12 @@ def test_cache_that_is_evicted_all_the_time_gives_transformers_tokens(
         max_chunk_tokens=20,
         async_scheduling=is_async,
     )
-    evicted = count_evictions(engine)
+    evicted: list[tuple] = []
+    cache = engine.kv_cache_manager.prefix_cache
+    monkeypatch.setattr(cache, "evict", noting(evicted, cache.evict))
     assert serve(engine, prompts, "cold") == expected
     assert serve(engine, prompts[::-1], "back") == expected[::-1]
-    assert evicted() > 20
-
-
-def count_evictions(engine: LLMEngine):
-    num_evicted = []
-    evict = engine.kv_cache_manager.prefix_cache.evict
-    engine.kv_cache_manager.prefix_cache.evict = lambda: num_evicted.append(1) or evict()
-    return lambda: len(num_evicted)
+    assert len(evicted) > 20
 
 
 @ASYNC
@@ -208,7 +205,8 @@ def test_reset_that_is_interrupted_loses_no_block(toy_directory, monkeypatch) ->
     llm = make_llm(toy_directory)
     prompt = list(range(1, 40))
     llm.generate(prompt, GREEDY, use_tqdm=False)
-    manager = llm.engine.kv_cache_manager
+    engine: Any = llm.engine
+    manager = engine.kv_cache_manager
 
     class Broken(dict):
         def clear(self) -> None:
@@ -216,7 +214,7 @@ def test_reset_that_is_interrupted_loses_no_block(toy_directory, monkeypatch) ->
 
     manager.num_cached_blocks = Broken()
     with pytest.raises(KeyboardInterrupt):
-        llm.engine.reset_prefix_cache()
+        engine.reset_prefix_cache()
     assert manager.num_free_blocks == manager.pool.num_blocks
     assert not manager.prefix_cache.nodes
     assert llm.generate(prompt, GREEDY, use_tqdm=False)[0].num_cached_tokens == 0

@@ -44,6 +44,16 @@ def stats_of(scheduler: Scheduler, num_steps: int = 100) -> dict[str, int]:
     return sums
 
 
+def noting(calls: list[tuple], function):
+    """`function`, whose arguments are noted."""
+
+    def noted(*args):
+        calls.append(args)
+        return function(*args)
+
+    return noted
+
+
 def nodes(scheduler: Scheduler) -> int:
     return len(scheduler.kv_cache_manager.prefix_cache.nodes)
 
@@ -198,19 +208,17 @@ def test_fork_has_nothing_left_to_publish_of_what_it_shares(monkeypatch) -> None
     parent = scheduler.requests["a"]
     add(scheduler, "b", PROMPT[:10], max_tokens=9, fork_of=parent)
     advance(scheduler)
-    inserted = []
-    insert = scheduler.kv_cache_manager.prefix_cache.insert
-    monkeypatch.setattr(
-        scheduler.kv_cache_manager.prefix_cache,
-        "insert",
-        lambda *args: inserted.append(args[2]) or insert(*args),
-    )
+    inserted: list[tuple] = []
+    cache = scheduler.kv_cache_manager.prefix_cache
+    monkeypatch.setattr(cache, "insert", noting(inserted, cache.insert))
     assert advance(scheduler) == {"a": 1, "b": 1}
     assert inserted == []
     assert scheduler.kv_cache_manager.block_tables == {"a": [0, 1, 2], "b": [0, 1, 3]}
     for _ in range(2):
         assert advance(scheduler) == {"a": 1, "b": 1}
-    assert inserted == [2, 3], "both have the same tokens: one is kept"
+    assert [block_id for _, _, block_id, _ in inserted] == [2, 3], (
+        "both have the same tokens: one is kept"
+    )
     assert scheduler.kv_cache_manager.block_tables == {"a": [0, 1, 2, 4], "b": [0, 1, 2]}
 
 
@@ -415,12 +423,9 @@ def test_step_without_a_full_block_looks_nothing_up(monkeypatch) -> None:
     scheduler = make_scheduler(num_blocks=16)
     add(scheduler, "a", PROMPT[:9], max_tokens=9)
     advance(scheduler)
-    publications = []
+    publications: list[tuple] = []
     manager = scheduler.kv_cache_manager
-    publish = manager._publish
-    monkeypatch.setattr(
-        manager, "_publish", lambda *args: publications.append(args) or publish(*args)
-    )
+    monkeypatch.setattr(manager, "_publish", noting(publications, manager._publish))
     for _ in range(8):
         advance(scheduler)
     assert len(publications) == 2
@@ -431,11 +436,9 @@ def test_prompt_of_a_blocked_head_is_turned_into_bytes_once(monkeypatch) -> None
     add(scheduler, "a", [1] * 20, max_tokens=9)
     advance(scheduler)
     add(scheduler, "b", [3] * 20)
-    lengths = []
+    made: list[tuple] = []
     make_bytes = kv_cache_manager.token_bytes
-    monkeypatch.setattr(
-        kv_cache_manager, "token_bytes", lambda ids: lengths.append(len(ids)) or make_bytes(ids)
-    )
+    monkeypatch.setattr(kv_cache_manager, "token_bytes", noting(made, make_bytes))
     for _ in range(5):
         advance(scheduler)
-    assert [length for length in lengths if length > 4] == [20]
+    assert [len(token_ids) for (token_ids,) in made if len(token_ids) > 4] == [20]
