@@ -192,7 +192,7 @@ def num_kv_tokens(text: str, source: Source, block_size: int) -> int:
         return sum(-(-num_tokens // block_size) * block_size for num_tokens in source.num_tokens)
     unit = {"k": 10**3, "M": 10**6}.get(text[-1:], 1)
     num_tokens = round(float(text.rstrip("kM")) * unit)
-    if num_tokens < max(source.num_tokens) + block_size:
+    if num_tokens // block_size < -(-max(source.num_tokens) // block_size):
         raise ValueError(
             f"a cache of {num_tokens} tokens cannot hold the longest request, which has "
             f"{max(source.num_tokens)}; raise --kv-cache-tokens, or replay another workload"
