@@ -4,6 +4,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent
 
 # Tests start processes in other directories: they need the paths in absolute form.
@@ -25,3 +27,14 @@ def _needs_triton_interpreter() -> bool:
 # Triton decides at import whether its kernels are compiled or interpreted.
 if _needs_triton_interpreter():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what another stage's tests in this run test already: the same bytes."""
+    from m0_infra.repeated_tests import repeated_test_files
+    from m0_infra.stages import load_stages
+
+    files = {item.path for item in items}
+    repeated = repeated_test_files(ROOT, load_stages(ROOT), files)
+    config.hook.pytest_deselected(items=[item for item in items if item.path in repeated])
+    items[:] = [item for item in items if item.path not in repeated]

@@ -8,7 +8,7 @@
 `measure` takes the options of the engine's own `bench`, writes one file per run under
 TO/NAME/, and goes on with the next workload if one fails. `publish` checks what all engines
 measured against each other and puts it into compare/results/DEVICE/NAME, with tables and charts.
-Runs of one engine share a process; the table says so.
+Runs of one engine share a process; the table says so. Exit status as of `python -m compare run`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .gate import check_gate
-from .peers.peer import bench_peer, peer_parser
+from .peers.peer import EXIT_USAGE, bench_peer, peer_parser
 from .publish import RESULTS_FOLDER, print_charts, print_gate, print_tables, store_runs
 from .results import Result, read_json, write_json
 from .run import EXIT_INCOMPLETE, EXIT_REFUSED, with_commit
@@ -48,16 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest:
             parser.error(f"unknown arguments: {' '.join(rest)}")
         return publish(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"compare.session: {error}", file=sys.stderr)
-        return EXIT_REFUSED
+        return EXIT_USAGE
 
 
 def measure(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Every workload of `options.run` in turn, on one engine."""
     workloads = dict(text.partition("=")[::2] for text in options.run)
-    if not all(workloads.values()):
+    if not all(workloads) or not all(workloads.values()):
         raise ValueError(f"--run takes NAME=SPEC, such as nano=nano; got {options.run}")
+    if len(workloads) < len(options.run):
+        raise ValueError(f"--run: give every workload a name of its own; got {options.run}")
     (stage,) = select_stages(discover_stages(Path()), [options.engine])
     words = ["bench", "--workload", "of each run", *rest]
     return (_on_peer if stage.is_peer else _on_stage)(stage, words, workloads, options)
@@ -87,6 +89,7 @@ def _on_peer(
     from folovllm.cli.options import given_fields
 
     module = importlib.import_module(stage.module)
+    not_comparable = getattr(module, "NOT_COMPARABLE", None)
     arguments = peer_parser(stage.name, module.EngineConfig).parse_args(words)
     config = module.EngineConfig(**given_fields(arguments, module.EngineConfig))
     model_options = {
@@ -97,7 +100,7 @@ def _on_peer(
         def run(spec: str, file: Path) -> None:
             arguments.workload = spec
             for number in range(1, options.runs + 1):
-                result = bench_peer(stage.name, llm, arguments, None)
+                result = bench_peer(stage.name, llm, arguments, not_comparable)
                 target = file if number == 1 else file.with_suffix(f".run{number}.json")
                 write_json(target, {**result, "runs_in_process": options.runs})
 

@@ -5,8 +5,8 @@ from typing import NamedTuple, Protocol
 
 from folovllm.request import Request
 
-LEAST_CHUNK = 16
-"""Tokens of a prompt that a step computes even if it is late then: prompts must end."""
+LEAST_CHUNK = 64
+"""Tokens that a step computes of its first prompt even if it is late then: prompts must end."""
 
 
 class ChunkSizes(Protocol):
@@ -66,13 +66,14 @@ class TimedChunks:
         self.decode_key_s = decode_key_s
         self.target_s = target_s
         self.max_chunk_tokens = max_chunk_tokens
-        self.num_tokens, self.left_s = 0, target_s
-        """Of the step so far: its tokens, and what is left for its length."""
+        self.num_tokens, self.left_s, self.least = 0, target_s, LEAST_CHUNK
+        """Of the step: its tokens so far, what is left for its length, the next chunk at least."""
 
     def start_step(self, running: Sequence[Request]) -> None:
         decode_lens = [r.num_tokens for r in running if r.num_tokens - r.num_computed_tokens == 1]
         self.num_tokens = len(decode_lens)
         self.left_s = self.target_s - self.decode_key_s * sum(decode_lens)
+        self.least = LEAST_CHUNK
 
     def take(self, num_computed_tokens: int, num_wanted: int) -> int:
         affordable = max(
@@ -83,10 +84,10 @@ class TimedChunks:
             ),
             default=0,
         )
-        num_tokens = min(
-            max(affordable, LEAST_CHUNK), self.max_chunk_tokens or num_wanted, num_wanted
-        )
-        self.num_tokens += num_tokens
+        if affordable <= 0:
+            affordable = self.least
+        num_tokens = min(affordable, self.max_chunk_tokens or num_wanted, num_wanted)
+        self.num_tokens, self.least = self.num_tokens + num_tokens, 1
         # The next chunk pays for the longer step; the keys of this one are paid for here.
         longer = (cost.key_s for cost in self.costs if cost.num_tokens >= num_tokens)
         self.left_s -= next(longer, self.costs[-1].key_s) * num_computed_tokens

@@ -7,7 +7,7 @@ Everything is accumulated in float32, and exponentials are powers of 2, which th
 
 Two kernels, because two things limit. A prompt is bound by arithmetic: large tiles of queries
 share every key. A single query is bound by memory: its heads that share a key are stacked into
-one tile, and its context is split over programs, so that one long sequence occupies the whole
+one tile. In both a cached context is split over programs where there are too few to occupy the
 device (Flash-Decoding, Dao et al. 2023). Programs are given out by length, once per step, so that
 a long context among short ones gets the most. All lengths come from device tensors: the grid
 depends on shapes alone, so that one captured launch serves any mix of lengths.
@@ -29,7 +29,11 @@ _LOG2_E = math.log2(math.e)
 MAX_SPLITS = 32
 """Most programs that share one query's context."""
 _PROGRAMS_PER_MULTIPROCESSOR = 3
-"""Among these the keys of a batch are divided; more cost merging."""
+"""Among these the keys of single queries are divided; more cost merging."""
+_TILES_PER_MULTIPROCESSOR = 2
+"""As many tiles of queries have room at a time; with fewer, contexts are split."""
+_MIN_SPLIT_TILES = 8
+"""Tiles of keys in a part of a prompt's context, at least: a part costs a tile of float32."""
 _INTERPRETER_MULTIPROCESSORS = 4
 _MAX_STACK = 2
 """Most heads that are stacked in a tile; with 4 a cached context was slower, not faster."""
@@ -52,20 +56,15 @@ def _online_softmax(scores, scale, values, acc, row_max, row_sum):
 
 
 @triton.jit
-def _find_request(cu_seqlens_ptr, num_requests, tile, TILE_Q: tl.constexpr):
-    """The request that owns a tile of queries (the mapping of vLLM's Triton kernels).
-
-    Request r owns the tiles from cu_seqlens[r] // TILE_Q + r on: with tiles of 4 and queries
-    [5, 3, 4], cu_seqlens is [0, 5, 8, 12], the first tiles are [0, 2, 4], and tile 1 is the
-    second of request 0. At most one tile per request stays without a query.
-    """
-    num_before = 0
-    for first in range(0, num_requests, 64):
-        requests = first + tl.arange(0, 64)
-        starts = tl.load(cu_seqlens_ptr + requests, mask=requests < num_requests, other=1 << 30)
-        first_tiles = starts // TILE_Q + requests
-        num_before += tl.sum((first_tiles <= tile).to(tl.int32), axis=0)
-    return num_before - 1
+def _find_request(starts_ptr, num_requests, program):
+    """The request that owns a program, by the plan of `start_step`; num_requests: nobody does."""
+    num_before = tl.zeros([], dtype=tl.int32)
+    for first in range(0, num_requests, 256):
+        requests = first + tl.arange(0, 256)
+        is_request = requests < num_requests
+        ends = tl.load(starts_ptr + 1 + requests, mask=is_request, other=1 << 30)
+        num_before += tl.sum((ends <= program).to(tl.int32), axis=0)
+    return num_before
 
 
 @triton.jit(do_not_specialize=["num_requests"])
@@ -87,6 +86,11 @@ def _prefill_kernel(
     slot_stride,
     table_stride,
     scale,
+    tile_starts_ptr,
+    part_starts_ptr,
+    partial_ptr,
+    lse_ptr,
+    num_arrived_ptr,
     num_requests,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -96,6 +100,7 @@ def _prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     OFFSET_TYPE: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -103,21 +108,33 @@ def _prefill_kernel(
     """STACK heads of TILE_Q queries of one request: first its cached keys, then those of this step.
 
     The heads share their keys: stacked into one tile, TILE_Q * STACK rows long, they load them
-    once. Row r is query r // STACK and head r % STACK. Requests with a single query are the decode
-    kernel's.
+    once. Row r is query r // STACK and head r % STACK. Cached keys may be split over programs,
+    of which the last takes the keys of this step as well. Requests with a single query are the
+    decode kernel's.
     """
     let_next_start(OVERLAP)
     head = tl.program_id(0) * STACK
     kv_head = head // GROUP
     # The last tiles of a prompt see the most keys: started first, they do not end last.
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    request = _find_request(cu_seqlens_ptr, num_requests, tile, TILE_Q)
-    start = tl.load(cu_seqlens_ptr + request)
-    query_len = tl.load(cu_seqlens_ptr + request + 1) - start
-    first_query = (tile - start // TILE_Q - request) * TILE_Q
-    if first_query >= query_len or query_len == 1:
+    program = tl.num_programs(1) - 1 - tl.program_id(1)
+    request = _find_request(tile_starts_ptr, num_requests, program)
+    if request == num_requests:  # more programs than tiles
         wait_for_previous(OVERLAP)
         return
+    start = tl.load(cu_seqlens_ptr + request)
+    query_len = tl.load(cu_seqlens_ptr + request + 1) - start
+    num_cached = tl.load(seq_lens_ptr + request) - query_len
+    first_program = tl.load(tile_starts_ptr + request)
+    num_programs = tl.load(tile_starts_ptr + request + 1) - first_program
+    num_splits, split, begin, end = 1, 0, 0, num_cached
+    if MAX_SPLITS > 1:
+        num_splits = num_programs // tl.cdiv(query_len, TILE_Q)
+        split = (program - first_program) % num_splits
+        split_len = tl.cdiv(tl.cdiv(num_cached, num_splits), TILE_K) * TILE_K
+        begin = tl.minimum(split * split_len, num_cached)
+        end = tl.minimum(begin + split_len, num_cached)
+    first_query = (program - first_program) // num_splits * TILE_Q
+    is_last = split == num_splits - 1
     num_queries = tl.minimum(query_len - first_query, TILE_Q)
     first_token = (start + first_query).to(tl.int64)
     rows = tl.arange(0, TILE_Q * STACK)
@@ -129,13 +146,13 @@ def _prefill_kernel(
     v_ptr += start.to(tl.int64) * v_stride + kv_head * HEAD_DIM
     k_cache_ptr += kv_head * HEAD_DIM
     v_cache_ptr += kv_head * HEAD_DIM
-    num_cached = tl.load(seq_lens_ptr + request) - query_len
     table_ptr = block_tables_ptr + request.to(tl.int64) * table_stride
     # Read one tile ahead, here and below, so that the loads of keys and values wait for no other.
-    block_ids = tl.load(table_ptr + lanes // BLOCK_SIZE, mask=lanes < num_cached, other=0)
+    keys = begin + lanes
+    block_ids = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < end, other=0)
     wait_for_previous(OVERLAP)
 
-    if head % GROUP == 0:
+    if is_last and head % GROUP == 0:
         queries = tl.arange(0, TILE_Q)
         is_query = queries < num_queries
         slots = tl.load(slot_mapping_ptr + first_token + queries, mask=is_query, other=-1)
@@ -158,19 +175,19 @@ def _prefill_kernel(
     row_sum = tl.zeros([TILE_Q * STACK], dtype=tl.float32)
 
     # Whole tiles of cached keys need no mask; the rest, if there is one, is a tile of its own.
-    num_whole = num_cached // TILE_K * TILE_K
-    for first_key in tl.range(0, num_whole, TILE_K, num_stages=NUM_STAGES):
+    num_whole = begin + (end - begin) // TILE_K * TILE_K
+    for first_key in tl.range(begin, num_whole, TILE_K, num_stages=NUM_STAGES):
         keys = first_key + lanes
         slots = block_ids.to(OFFSET_TYPE) * block_stride + keys % BLOCK_SIZE * slot_stride
         k = tl.load(k_cache_ptr + slots[:, None] + dims[None, :], mask=is_dim, other=0.0)
         v = tl.load(v_cache_ptr + slots[:, None] + dims[None, :], mask=is_dim, other=0.0)
         keys += TILE_K
-        block_ids = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < num_cached, other=0)
+        block_ids = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < end, other=0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         acc, row_max, row_sum = _online_softmax(scores, scale, v, acc, row_max, row_sum)
-    if num_whole < num_cached:
+    if num_whole < end:
         keys = num_whole + lanes
-        is_cached = keys < num_cached
+        is_cached = keys < end
         slots = block_ids.to(OFFSET_TYPE) * block_stride + keys % BLOCK_SIZE * slot_stride
         mask = is_cached[:, None] & is_dim
         k = tl.load(k_cache_ptr + slots[:, None] + dims[None, :], mask=mask, other=0.0)
@@ -181,7 +198,8 @@ def _prefill_kernel(
 
     # Keys of this step come from the packed input, not from the cache: contiguous, and no other
     # program has to have stored them. Before the diagonal every query sees every key.
-    num_unmasked = first_query // TILE_K * TILE_K
+    num_unmasked = tl.where(is_last, first_query // TILE_K * TILE_K, 0)
+    end = tl.where(is_last, first_query + num_queries, 0)
     key_offsets = (lanes * k_stride)[:, None] + dims[None, :]
     value_offsets = (lanes * v_stride)[:, None] + dims[None, :]
     for _ in tl.range(0, num_unmasked, TILE_K, num_stages=NUM_STAGES):
@@ -191,7 +209,6 @@ def _prefill_kernel(
         acc, row_max, row_sum = _online_softmax(scores, scale, v, acc, row_max, row_sum)
         k_ptr += TILE_K * k_stride
         v_ptr += TILE_K * v_stride
-    end = first_query + num_queries
     for first_key in tl.range(num_unmasked, end, TILE_K, num_stages=NUM_STAGES):
         keys = first_key + lanes
         mask = (keys < end)[:, None] & is_dim
@@ -204,51 +221,103 @@ def _prefill_kernel(
         k_ptr += TILE_K * k_stride
         v_ptr += TILE_K * v_stride
 
-    out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
+    # A part without keys weighs nothing.
+    acc = acc / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
     out_ptr += (first_token * NUM_HEADS + head) * HEAD_DIM
     row_offsets = (rows // STACK * NUM_HEADS + rows % STACK) * HEAD_DIM
-    tl.store(out_ptr + row_offsets[:, None] + dims[None, :], out, mask=is_row)
+    out_ptrs = out_ptr + row_offsets[:, None] + dims[None, :]
+    if MAX_SPLITS == 1 or num_splits == 1:
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_row)
+    else:  # meet as the programs of the decode kernel do
+        first_part = tl.load(part_starts_ptr + request) + program - first_program - split
+        partial_rows = tl.arange(0, TILE_Q * STACK)[:, None] * HEAD_DIM + dims[None, :]
+        part = (first_part + split) * tl.num_programs(0) + tl.program_id(0)
+        lse = row_max + tl.log2(row_sum)
+        tl.store(lse_ptr + part * (TILE_Q * STACK) + rows, lse)
+        part_ptr = partial_ptr + part.to(tl.int64) * (TILE_Q * STACK * HEAD_DIM)
+        tl.store(part_ptr + partial_rows, acc, mask=is_dim)
+        tl.debug_barrier()
+        meeting_ptr = num_arrived_ptr + first_part * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(meeting_ptr, 1, sem="acq_rel") == num_splits - 1:
+            tl.store(meeting_ptr, 0)
+            acc = tl.zeros([TILE_Q * STACK, DIM_BLOCK], dtype=tl.float32)
+            row_max = tl.full([TILE_Q * STACK], -float("inf"), dtype=tl.float32)
+            row_sum = tl.zeros([TILE_Q * STACK], dtype=tl.float32)
+            # From the last part on, which has a key for every query.
+            for back in range(num_splits):
+                part = (first_part + num_splits - 1 - back) * tl.num_programs(0) + tl.program_id(0)
+                lse = tl.load(lse_ptr + part * (TILE_Q * STACK) + rows, cache_modifier=".cg")
+                part_ptr = partial_ptr + part.to(tl.int64) * (TILE_Q * STACK * HEAD_DIM)
+                values = tl.load(
+                    part_ptr + partial_rows, mask=is_dim, other=0.0, cache_modifier=".cg"
+                )
+                new_max = tl.maximum(row_max, lse)
+                correction, weights = tl.exp2(row_max - new_max), tl.exp2(lse - new_max)
+                acc = acc * correction[:, None] + values * weights[:, None]
+                row_sum = row_sum * correction + weights
+                row_max = new_max
+            acc = acc / row_sum[:, None]
+            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_row)
 
 
 @triton.jit(do_not_specialize=["num_requests"])
-def _plan_splits_kernel(
+def _plan_kernel(
     cu_seqlens_ptr,
     seq_lens_ptr,
     split_starts_ptr,
+    tile_starts_ptr,
+    part_starts_ptr,
     num_requests,
     NUM_PROGRAMS: tl.constexpr,
     TILE_K: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    MAX_TILE_SPLITS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
 ):
-    """Write which programs of a key/value head share each request's context; see `start_step`.
+    """Write which programs of a head each request gets, in both kernels; see `start_step`.
 
-    A request gets the part of NUM_PROGRAMS that its keys are of all keys, rounded down, but no
-    more than it has tiles, and every request one; none if it has several queries or is padding.
+    NUM_PROGRAMS are divided among single queries by their keys, NUM_TILES among the tiles of all
+    others, rounded down; but one at least, and none with less than a TILE_K or MIN_SPLIT of keys.
     """
-    num_keys = tl.zeros([], dtype=tl.int64)
-    for first in range(0, num_requests, 128):
-        keys = _count_keys(cu_seqlens_ptr, seq_lens_ptr, first + tl.arange(0, 128), num_requests)
-        num_keys += tl.sum(tl.maximum(keys, 0), axis=0)
-    start = 0
+    num_keys, num_tile_keys = tl.zeros([], dtype=tl.int64), tl.zeros([], dtype=tl.int64)
     for first in range(0, num_requests, 128):
         requests = first + tl.arange(0, 128)
-        keys = _count_keys(cu_seqlens_ptr, seq_lens_ptr, requests, num_requests)
-        share = (keys.to(tl.int64) * NUM_PROGRAMS // tl.maximum(num_keys, 1)).to(tl.int32)
-        num_splits = tl.minimum(tl.minimum(share, tl.cdiv(keys, TILE_K)), MAX_SPLITS)
-        num_splits = tl.where(keys >= 0, tl.maximum(num_splits, 1), 0)
-        ends = start + tl.cumsum(num_splits, axis=0)
-        tl.store(split_starts_ptr + 1 + requests, ends, mask=requests < num_requests)
-        start += tl.sum(num_splits, axis=0)
+        query_len, keys = _lengths(cu_seqlens_ptr, seq_lens_ptr, requests, num_requests)
+        num_keys += tl.sum(tl.where(query_len == 1, keys, 0), axis=0)
+        tiles = tl.where(query_len > 1, tl.cdiv(query_len, TILE_Q), 0)
+        num_tile_keys += tl.sum(keys * tiles, axis=0)
+    split_start, tile_start, part_start = 0, 0, 0
+    for first in range(0, num_requests, 128):
+        requests = first + tl.arange(0, 128)
+        is_request = requests < num_requests
+        query_len, keys = _lengths(cu_seqlens_ptr, seq_lens_ptr, requests, num_requests)
+        splits = tl.minimum(keys * NUM_PROGRAMS // tl.maximum(num_keys, 1), tl.cdiv(keys, TILE_K))
+        splits = tl.minimum(tl.maximum(splits, 1), MAX_SPLITS).to(tl.int32)
+        splits = tl.where(query_len == 1, splits, 0)
+        tl.store(split_starts_ptr + 1 + requests, split_start + tl.cumsum(splits), mask=is_request)
+        split_start += tl.sum(splits, axis=0)
+        splits = tl.minimum(keys * NUM_TILES // tl.maximum(num_tile_keys, 1), keys // MIN_SPLIT)
+        splits = tl.minimum(tl.maximum(splits, 1), MAX_TILE_SPLITS).to(tl.int32)
+        tiles = tl.where(query_len > 1, tl.cdiv(query_len, TILE_Q) * splits, 0).to(tl.int32)
+        tl.store(tile_starts_ptr + 1 + requests, tile_start + tl.cumsum(tiles), mask=is_request)
+        tile_start += tl.sum(tiles, axis=0)
+        parts = tl.where(splits > 1, tiles, 0)
+        starts = part_start + tl.cumsum(parts) - parts
+        tl.store(part_starts_ptr + requests, starts, mask=is_request)
+        part_start += tl.sum(parts, axis=0)
 
 
 @triton.jit
-def _count_keys(cu_seqlens_ptr, seq_lens_ptr, requests, num_requests):
-    """Keys in the cache of requests with a single query; -1 for all others."""
+def _lengths(cu_seqlens_ptr, seq_lens_ptr, requests, num_requests):
+    """Queries, and keys in the cache (int64), of some requests; 0 and 0 of those that only pad."""
     is_request = requests < num_requests
     start = tl.load(cu_seqlens_ptr + requests, mask=is_request, other=0)
     end = tl.load(cu_seqlens_ptr + requests + 1, mask=is_request, other=0)
     seq_len = tl.load(seq_lens_ptr + requests, mask=is_request, other=0)
-    return tl.where(end - start == 1, seq_len - 1, -1)
+    query_len = tl.where(seq_len > 0, end - start, 0)
+    return query_len, (seq_len - query_len).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["num_requests"])
@@ -289,12 +358,7 @@ def _decode_kernel(
     """All query heads of one key/value head of a request's single query, over part of its keys."""
     let_next_start(OVERLAP)
     kv_head, program = tl.program_id(0), tl.program_id(1)
-    request = tl.zeros([], dtype=tl.int32)
-    for first in range(0, num_requests, 256):
-        requests = first + tl.arange(0, 256)
-        is_request = requests < num_requests
-        ends = tl.load(split_starts_ptr + 1 + requests, mask=is_request, other=1 << 30)
-        request += tl.sum((ends <= program).to(tl.int32), axis=0)
+    request = _find_request(split_starts_ptr, num_requests, program)
     if request == num_requests:  # more programs than parts
         wait_for_previous(OVERLAP)
         return
@@ -403,6 +467,8 @@ class _Tiles(NamedTuple):
     """Tiles of keys and values on their way from memory while one is computed, plus that one."""
     max_registers: int | None = None
     """Of a thread; None leaves it to the compiler."""
+    max_splits: int = MAX_SPLITS
+    """Most programs that share a tile's context."""
 
 
 def _prefill_tiles(dim_block: int, dtype: torch.dtype) -> tuple[_Tiles, _Tiles]:
@@ -419,7 +485,8 @@ def _prefill_tiles(dim_block: int, dtype: torch.dtype) -> tuple[_Tiles, _Tiles]:
         return tiles, tiles
     return (
         _Tiles(rows=64, keys=64, num_warps=4, num_stages=3),
-        _Tiles(rows=128, keys=64, num_warps=8, num_stages=2, max_registers=128),
+        # Chosen where they fill the device: no context is split, and no register is lost to it.
+        _Tiles(rows=128, keys=64, num_warps=8, num_stages=2, max_registers=128, max_splits=1),
     )
 
 
@@ -461,33 +528,45 @@ class TritonAttention:
             else _INTERPRETER_MULTIPROCESSORS
         )
         self.programs_per_head = -(-self.num_programs // self.num_kv_heads)
+        self.num_head_tiles = num_heads // self.stack
+        num_tiles = self.num_programs // _PROGRAMS_PER_MULTIPROCESSOR * _TILES_PER_MULTIPROCESSOR
+        self.tiles_per_head = -(-num_tiles // self.num_head_tiles)
         # Programs that share a context meet here; fixed addresses, so that a graph can hold them.
-        self.split_starts = torch.zeros(max_num_requests + 1, dtype=torch.int32, device=device)
+        starts = torch.zeros((3, max_num_requests + 1), dtype=torch.int32, device=device)
+        self.split_starts, self.tile_starts, self.part_starts = starts
         num_parts = (self.programs_per_head + max_num_requests) * self.num_kv_heads
-        num_rows = num_parts * self.group
+        num_tile_parts = self.tiles_per_head * self.num_head_tiles
+        num_rows = max(num_parts * self.group, num_tile_parts * self.large_tiles.rows)
         self.partial = torch.empty((num_rows, self.head_dim), dtype=torch.float32, device=device)
         self.lse = torch.empty(num_rows, dtype=torch.float32, device=device)
-        num_pairs = max_num_requests * self.num_kv_heads
+        num_pairs = max(max_num_requests * self.num_kv_heads, num_tile_parts)
         self.num_arrived = torch.zeros(num_pairs, dtype=torch.int32, device=device)
 
     def start_step(self, metadata: AttentionMetadata) -> None:
-        """Give the programs of each key/value head to the requests with a single query.
+        """Give programs to requests, of each head or the heads that are stacked.
 
-        Request r gets programs [split_starts[r], split_starts[r + 1]) (int32). A launch per step;
+        Request r gets programs [split_starts[r], split_starts[r + 1]) of the decode kernel, or
+        [tile_starts[r], tile_starts[r + 1]) of the prefill kernel: its tiles, each as often as its
+        context is split. part_starts[r] are the parts before it (all int32). A launch per step;
         the model begins with others that take no part in overlap, so that every layer may read it
         before it waits.
         """
-        if metadata.min_query_len == 1:
-            num_requests = len(metadata.seq_lens)
-            _plan_splits_kernel[(1,)](
-                metadata.cu_seqlens_q,
-                metadata.seq_lens,
-                self.split_starts,
-                num_requests,
-                NUM_PROGRAMS=self.programs_per_head,
-                TILE_K=self.decode_tiles.keys,
-                MAX_SPLITS=MAX_SPLITS,
-            )
+        tiles = self._prefill_tiles_of(metadata, len(metadata.slot_mapping))
+        _plan_kernel[(1,)](
+            metadata.cu_seqlens_q,
+            metadata.seq_lens,
+            self.split_starts,
+            self.tile_starts,
+            self.part_starts,
+            len(metadata.seq_lens),
+            NUM_PROGRAMS=self.programs_per_head,
+            TILE_K=self.decode_tiles.keys,
+            NUM_TILES=self.tiles_per_head,
+            TILE_Q=tiles.rows // self.stack,
+            MIN_SPLIT=_MIN_SPLIT_TILES * tiles.keys,
+            MAX_TILE_SPLITS=tiles.max_splits,
+            MAX_SPLITS=MAX_SPLITS,
+        )
 
     def _prefill_tiles_of(self, metadata: AttentionMetadata, num_tokens: int) -> _Tiles:
         """Large tiles where there are enough of them to fill the device evenly.
@@ -528,14 +607,21 @@ class TritonAttention:
     ) -> None:
         tiles, num_requests = self._prefill_tiles_of(metadata, num_tokens), len(metadata.seq_lens)
         tile_q = tiles.rows // self.stack
-        grid = (self.num_heads // self.stack, num_tokens // tile_q + num_requests)
-        _prefill_kernel[grid](
+        # At most one tile per request is not full; parts of contexts come on top.
+        num_tiles = num_tokens // tile_q + num_requests + self.tiles_per_head
+        _prefill_kernel[(self.num_head_tiles, num_tiles)](
             *arguments,
+            self.tile_starts,
+            self.part_starts,
+            self.partial,
+            self.lse,
+            self.num_arrived,
             num_requests,
             NUM_HEADS=self.num_heads,
             STACK=self.stack,
             TILE_Q=tile_q,
             TILE_K=tiles.keys,
+            MAX_SPLITS=tiles.max_splits,
             OFFSET_TYPE=self.offset_type,
             NUM_STAGES=tiles.num_stages,
             num_warps=tiles.num_warps,

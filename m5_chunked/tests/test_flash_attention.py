@@ -7,14 +7,7 @@ import pytest
 import torch
 
 from folovllm.kernels.reference import causal_attention
-from folovllm.model.loader import load_model
-from folovllm.request import SamplingParams
-from folovllm.testing.driver import drain, make_requests, random_prompts
-from folovllm.testing.engine_contract import toy_directory, toy_model
-from folovllm.testing.toy_models import reference_greedy
 from m5_chunked.attention import AttentionMetadata
-from m5_chunked.config import AttentionBackend, EngineConfig
-from m5_chunked.engine import LLMEngine
 
 pytest.importorskip("triton")
 
@@ -23,8 +16,6 @@ if not HAS_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1 before start", allow_module_level=True)
 
 from m5_chunked.flash_attention import MAX_SPLITS, TritonAttention  # noqa: E402
-
-__all__ = ["toy_directory", "toy_model"]
 
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 # The interpreter computes bf16 wrongly without saying so: there only float32 and float16.
@@ -125,6 +116,7 @@ def check(shares, num_heads, num_kv_heads, head_dim, block_size, dtype) -> None:
     assert cache.keys[1].isfinite().sum() == num_written, "a slot of nobody was written to"
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shares", EDGE_SHARES)
 def test_attention_equals_reference_for_any_mix_of_lengths(shares, dtype) -> None:
@@ -137,16 +129,19 @@ def test_attention_equals_reference_for_every_head_size(head_dim) -> None:
         check([(5, 3), (20, 1), (0, 19)], 2, 1, head_dim, block_size=16, dtype=dtype)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (9, 3), (8, 1), (20, 1)])
 def test_attention_equals_reference_for_every_grouping_of_heads(num_heads, num_kv_heads) -> None:
     check([(5, 3), (20, 1), (0, 19)], num_heads, num_kv_heads, 16, 16, torch.float32)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("block_size", [1, 7, 32, 256])
 def test_attention_equals_reference_for_every_block_size(block_size) -> None:
     check([(40, 1), (9, 4), (0, 18), (70, 3)], 4, 2, 16, block_size, torch.float32)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("context_len", [31, 32, 33, 64, 65, 500])
 def test_context_split_over_programs_equals_reference(context_len) -> None:
     """The interpreter's few multiprocessors still give one request as many splits as it takes."""
@@ -155,14 +150,40 @@ def test_context_split_over_programs_equals_reference(context_len) -> None:
     check([(context_len, 1), (3, 1)], 2, 1, 16, 16, torch.float32)
 
 
-def test_meeting_points_are_zero_again_after_every_launch() -> None:
-    shares = [(300, 1), (2, 1)]
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [(511, 3)],
+        [(512, 3)],
+        [(1100, 8)],
+        [(1027, 9), (0, 7)],
+        [(1030, 2), (300, 1), (700, 4), (0, 40)],
+    ],
+)
+def test_context_of_a_chunk_split_over_programs_equals_reference(shares) -> None:
+    check(shares, 2, 1, 16, 16, torch.float32)
+
+
+def test_large_tiles_split_no_context_and_equal_the_reference() -> None:
+    num_queries = 192 if not HAS_CUDA else 128 * 200
+    shares = [(2 * num_queries + 5, num_queries), (40, 1)]
+    cache = FakeCache([(0, 1)], 16, 2, 16, torch.float16)
+    attention = TritonAttention(cache, 4, max_num_requests=2)
+    metadata = metadata_of(shares, FakeCache(shares, 16, 2, 16, torch.float16))
+    assert attention._prefill_tiles_of(metadata, num_queries) is attention.large_tiles
+    if not HAS_CUDA:  # the reference would take all scores of as many queries as fill a GPU
+        check(shares, 4, 2, 16, 16, torch.float16)
+
+
+@pytest.mark.parametrize("shares", [[(300, 1), (2, 1)], [(1100, 2), (300, 1)]])
+def test_meeting_points_are_zero_again_after_every_launch(shares) -> None:
     cache = FakeCache(shares, 16, 2, 16, torch.float32)
     cache.keys.normal_()
     cache.values.normal_()
     attention = TritonAttention(cache, 4, max_num_requests=2)
-    q = torch.randn(2, 4, 16, device=DEVICE)
-    k, v = torch.randn(2, 2, 2, 16, device=DEVICE)
+    num_tokens = sum(new for _, new in shares)
+    q = torch.randn(num_tokens, 4, 16, device=DEVICE)
+    k, v = torch.randn(2, num_tokens, 2, 16, device=DEVICE)
     metadata = metadata_of(shares, cache)
     attention.start_step(metadata)
     outs = [attention.forward(metadata, 1, q, k, v) for _ in range(3)]
@@ -190,26 +211,40 @@ def test_padding_rows_store_nothing_and_read_nothing() -> None:
     assert torch.equal(cache.keys.nan_to_num(7), before.nan_to_num(7))
 
 
-def planned_splits(shares: list[tuple[int, int]]) -> list[int]:
-    """Programs that each request gets of those of a key/value head."""
+def planned(shares: list[tuple[int, int]]) -> tuple[TritonAttention, list[int], list[int]]:
+    """Programs that each request gets of the decode kernel, and of the prefill kernel, per head."""
     attention = TritonAttention(FakeCache([(0, 1)], 16, 2, 16, torch.float32), 4, 300)
     query_lens = [new for _, new in shares]
-    attention.start_step(
-        AttentionMetadata(
-            cu_seqlens_q=torch.tensor([0, *accumulate(query_lens)], device=DEVICE).int(),
-            seq_lens=torch.tensor([c + n for c, n in shares], device=DEVICE).int(),
-            block_tables=torch.zeros(0, device=DEVICE),
-            slot_mapping=torch.zeros(0, device=DEVICE),
-            min_query_len=1,
-            max_query_len=max(query_lens),
-            max_seq_len=max(c + n for c, n in shares),
-        )
+    metadata = AttentionMetadata(
+        cu_seqlens_q=torch.tensor([0, *accumulate(query_lens)], device=DEVICE).int(),
+        seq_lens=torch.tensor([c + n for c, n in shares], device=DEVICE).int(),
+        block_tables=torch.zeros(0, device=DEVICE),
+        slot_mapping=torch.zeros(sum(query_lens), device=DEVICE),
+        min_query_len=1,
+        max_query_len=max(query_lens),
+        max_seq_len=max(c + n for c, n in shares),
     )
+    attention.start_step(metadata)
     starts = attention.split_starts[: len(shares) + 1].tolist()
-    assert starts[0] == 0
+    tile_starts = attention.tile_starts[: len(shares) + 1].tolist()
+    assert starts[0] == tile_starts[0] == 0
     assert starts[-1] <= attention.programs_per_head + len(shares), "the grid has not so many"
     assert starts[-1] * attention.num_kv_heads * attention.group <= len(attention.lse)
-    return [end - start for start, end in pairwise(starts)]
+    num_tiles = sum(query_lens) // tile_q(attention) + len(shares) + attention.tiles_per_head
+    assert tile_starts[-1] <= num_tiles, "the grid has not so many"
+    return (
+        attention,
+        [end - start for start, end in pairwise(starts)],
+        [end - start for start, end in pairwise(tile_starts)],
+    )
+
+
+def planned_splits(shares: list[tuple[int, int]]) -> list[int]:
+    return planned(shares)[1]
+
+
+def tile_q(attention: TritonAttention) -> int:
+    return attention.small_tiles.rows // attention.stack
 
 
 def test_programs_are_given_out_by_the_length_of_contexts() -> None:
@@ -232,67 +267,24 @@ def test_chunks_and_padding_get_no_program_of_the_decode_kernel() -> None:
     assert planned_splits([(9, 1), *padding]) == [1, 0, 0]
 
 
+def test_contexts_of_chunks_are_split_where_tiles_do_not_fill_the_device() -> None:
+    attention, splits, tiles = planned([(100_000, 3)])
+    per_head, part = attention.tiles_per_head, 8 * attention.small_tiles.keys
+    assert (splits, tiles) == ([0], [min(per_head, MAX_SPLITS)])
+    size = tile_q(attention)
+    assert planned([(0, 3), (0, size + 1), (50, 1)])[2] == [1, 2, 0]
+    assert planned([(2 * part - 1, 3)])[2] == [1], "a part is worth its merging"
+    assert planned([(2 * part, 3)])[2] == [2]
+    assert planned([(100_000, per_head * size)])[2] == [per_head], "enough tiles: no parts"
+    assert planned([(100_000, 3), (0, 3)])[2] == [min(per_head, MAX_SPLITS), 1]
+    attention, _, tiles = planned([(100_000, 2), (0, 5), (100_000, 2), (40_000, 2)])
+    num_parts = [0 if count == 1 else count for count in tiles]
+    assert attention.part_starts[:4].tolist() == [0, *accumulate(num_parts[:3])]
+    assert sum(num_parts) <= per_head
+
+
 def test_plan_of_more_requests_than_a_program_looks_at_in_one_go() -> None:
     lengths = [(i * 37 % 500, 1 if i % 5 else 3) for i in range(300)]
     assert planned_splits(lengths) == [0 if new > 1 else 1 for _, new in lengths]
+    assert planned(lengths)[2] == [1 if new > 1 else 0 for _, new in lengths]
     check([(i % 7, 1) for i in range(270)], 2, 1, 16, 16, torch.float32)
-
-
-@pytest.mark.parametrize("max_num_seqs", [1, 5])
-def test_engine_on_the_kernels_equals_transformers(toy_directory, max_num_seqs) -> None:
-    """End to end in the interpreter: prompts, decodes, and both in one step through forks."""
-    model = load_model(toy_directory, device=DEVICE.type, dtype="float32")
-    config = EngineConfig(max_model_len=64, max_num_seqs=max_num_seqs, kv_cache_bytes=1 << 20)
-    engine = LLMEngine(config, model)
-    runner = engine.model_runner
-    if not HAS_CUDA:
-        runner.attention = TritonAttention(runner.kv_cache, model.config.num_heads, max_num_seqs)
-    prompts = random_prompts(seed=1, count=5, vocab_size=199, max_len=40)
-    expected = reference_greedy(toy_directory, prompts, max_tokens=5)
-    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
-    requests = make_requests(prompts, params)
-    drain(engine, requests[:3], later={2: requests[3:]})
-    assert [request.output_token_ids for request in requests] == expected
-
-
-def engine_of(model, backend: AttentionBackend) -> LLMEngine:
-    config = EngineConfig(
-        max_model_len=64,
-        max_num_seqs=6,
-        block_size=4,
-        kv_cache_bytes=1 << 20,
-        attention_backend=backend,
-        enforce_eager=True,
-    )
-    engine = LLMEngine(config, model)
-    engine.model_runner.kv_cache.kv.fill_(float("nan"))
-    return engine
-
-
-def test_forks_next_to_prompts_launch_both_kernels_and_keep_their_tokens(
-    toy_model, monkeypatch
-) -> None:
-    """Forks compute one token of their prompt, in the step in which others compute all of it."""
-    engine, reference = (engine_of(toy_model, AttentionBackend(name)) for name in ("auto", "torch"))
-    runner = engine.model_runner
-    attention = TritonAttention(runner.kv_cache, toy_model.config.num_heads, max_num_requests=6)
-    monkeypatch.setattr(runner, "attention", attention)
-    query_lens: set[tuple[int, int]] = set()
-
-    def forward(metadata, *args):
-        query_lens.add((metadata.min_query_len, metadata.max_query_len))
-        return TritonAttention.forward(attention, metadata, *args)
-
-    monkeypatch.setattr(attention, "forward", forward)
-    short, long, other = random_prompts(seed=3, count=3, vocab_size=199, min_len=3, max_len=18)
-    params = SamplingParams(temperature=1.0, max_tokens=4, ignore_eos=True)
-    outputs = []
-    for served in (engine, reference):
-        requests = make_requests([long] * 4 + [short, other], params, seeds=range(6))
-        for fork in requests[1:4]:
-            fork.fork_of = requests[0]
-        drain(served, requests[:4], later={1: requests[4:]})
-        outputs.append([request.output_token_ids for request in requests])
-    assert outputs[0] == outputs[1]
-    # A prompt alone; forks beside prompts; everybody decodes.
-    assert query_lens == {(18, 18), (1, max(3, len(other))), (1, 1)}

@@ -12,7 +12,7 @@ HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1 before start", allow_module_level=True)
 
-from folovllm.kernels import few_rows  # noqa: E402
+from folovllm.kernels import few_rows, fused, reference  # noqa: E402
 
 DEVICE = "cuda" if HAS_CUDA else "cpu"
 DTYPES = [torch.float16] + ([torch.bfloat16] if HAS_CUDA else [])
@@ -37,6 +37,24 @@ def test_linear_equals_torch(num_rows, num_inputs, num_outputs, has_bias, dtype)
     expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     out = few_rows.linear(x, weight, bias)
     assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(64, 16), (1536, 48), (24, 5), (100, 32)])
+@pytest.mark.parametrize("num_rows", [1, 2, 8, 9, 16, 17])
+def test_gated_product_equals_product_and_activation(
+    num_rows, num_inputs, num_outputs, has_bias, dtype
+) -> None:
+    x = draw(num_rows, num_inputs, dtype=dtype, seed=0)
+    weight = draw(2 * num_outputs, num_inputs, dtype=dtype, seed=1) / num_inputs**0.5
+    bias = draw(2 * num_outputs, dtype=dtype, seed=2) if has_bias else None
+    out = fused.gated_linear(x, weight, bias)
+    assert torch.equal(out, fused.silu_mul(fused.linear(x, weight, bias)))
+    expected = reference.gated_linear(
+        x.float(), weight.float(), None if bias is None else bias.float()
+    )
     torch.testing.assert_close(out.float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 

@@ -8,10 +8,19 @@ import torch
 import triton
 import triton.language as tl
 
+from . import few_rows
 from .few_rows import linear
 from .overlap import let_next_start, overlap_options, wait_for_previous
 
-__all__ = ["add_rms_norm", "linear", "qk_norm_rope", "rms_norm", "silu_mul", "store_kv"]
+__all__ = [
+    "add_rms_norm",
+    "gated_linear",
+    "linear",
+    "qk_norm_rope",
+    "rms_norm",
+    "silu_mul",
+    "store_kv",
+]
 
 _ROPE_HEADS = 8
 """Heads per program of the RoPE kernel."""
@@ -203,6 +212,13 @@ def qk_norm_rope(
         num_warps=2,
         **overlap_options(qkv.device),
     )
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """See reference.gated_linear; x is contiguous. One launch where x has few rows."""
+    if few_rows.can_multiply(x, weight.shape[0] // 2):
+        return few_rows.gated_linear(x, weight, bias)
+    return silu_mul(linear(x, weight, bias))
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

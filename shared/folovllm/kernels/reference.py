@@ -58,6 +58,14 @@ def qk_norm_rope(
         part.copy_(rotated)
 
 
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """silu(gate(x)) * up(x), [num_rows, num_outputs].
+
+    weight: [2 * num_outputs, num_inputs], gate above up; bias: [2 * num_outputs] or None.
+    """
+    return silu_mul(linear(x, weight, bias))
+
+
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up (SwiGLU, Shazeer 2020).
 

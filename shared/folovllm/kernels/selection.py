@@ -29,6 +29,10 @@ class Kernels(Protocol):
         eps: float,
     ) -> None: ...
 
+    def gated_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor: ...
+
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor: ...
 
     def store_kv(

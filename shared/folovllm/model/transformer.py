@@ -37,6 +37,10 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.kernels.linear(x, self.weight, self.bias)
 
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """silu of the first half of the outputs times the second half."""
+        return self.kernels.gated_linear(x, self.weight, self.bias)
+
 
 class Attention:
     """Projections, QK-norm and RoPE around the stage's attention.
@@ -88,14 +92,13 @@ class MLP:
     """down(silu(gate(x)) * up(x)), gate and up as one matrix."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels, like: torch.Tensor):
-        self.kernels = kernels
         size = config.intermediate_size
         self.gate_up_proj = Linear(config.hidden_size, 2 * size, config.mlp_bias, kernels, like)
         self.down_proj = Linear(size, config.hidden_size, config.mlp_bias, kernels, like)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x, result: [num_tokens, hidden_size]."""
-        return self.down_proj(self.kernels.silu_mul(self.gate_up_proj(x)))
+        return self.down_proj(self.gate_up_proj.gated(x))
 
 
 class DecoderLayer:

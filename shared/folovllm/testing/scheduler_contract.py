@@ -72,6 +72,7 @@ class SchedulerContract:
         scheduler = self.module("scheduler").Scheduler(config, manager)
         return SchedulerDriver(scheduler, cache, self.count_tokens)
 
+    @pytest.mark.no_cover
     @pytest.mark.parametrize("seed", range(10))
     def test_everybody_reads_its_own_prefix_whatever_happens(self, seed: int) -> None:
         for run in range(100):
@@ -123,6 +124,7 @@ class SchedulerContract:
         with pytest.raises(ValueError, match="'a' is in use"):
             scheduler.add_request(make_request("a", 3))
 
+    @pytest.mark.no_cover
     def test_aborting_all_waiting_requests_takes_time_in_proportion(self) -> None:
         def seconds_to_abort(num_requests: int) -> float:
             scheduler = self.make_plain_driver().scheduler
@@ -163,6 +165,7 @@ class SchedulerContract:
         """Name -> EngineConfig values and `num_cache_tokens` for the test of interrupts."""
         return {"plain": {"max_model_len": 16, "num_cache_tokens": 32}}
 
+    @pytest.mark.no_cover
     def test_interrupt_at_any_line_of_a_step_leaves_no_trace(self) -> None:
         for options in self.scenarios().values():
             num_cache_tokens = options.pop("num_cache_tokens")
@@ -174,6 +177,7 @@ class SchedulerContract:
                 if not interrupt.has_fired:
                     break
 
+    @pytest.mark.no_cover
     def test_interrupt_at_any_line_of_an_abort_or_an_arrival_loses_nobody(self) -> None:
         for driver, interrupt in self._interrupted_drivers():
             with contextlib.suppress(KeyboardInterrupt), interrupt:
@@ -182,6 +186,7 @@ class SchedulerContract:
                 driver.scheduler.add_request(make_request("f", 3))
             self._finish_all(driver)
 
+    @pytest.mark.no_cover
     def test_interrupt_at_any_line_of_starting_over_loses_nobody(self) -> None:
         for driver, interrupt in self._interrupted_drivers():
             driver.break_off(interrupt)
