@@ -61,6 +61,7 @@ def make_engine(model: CausalLM, num_blocks: int = 320, **options) -> LLMEngine:
             "max_model_len": 64,
             "max_num_seqs": 20,
             "max_num_batched_tokens": 1024,
+            "enable_prefix_caching": False,  # or prompts that come again are another shape
             "kv_cache_bytes": num_blocks
             * block_size
             * kv_bytes_per_token(model.config, model.dtype),

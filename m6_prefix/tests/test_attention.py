@@ -128,6 +128,12 @@ def test_without_kv_cache_bytes_free_memory_decides(toy_model, monkeypatch) -> N
     assert ModelRunner(config, toy_model).kv_cache.num_tokens == 80
 
 
-def test_cache_is_no_larger_than_all_requests_at_full_length(toy_model) -> None:
-    config = EngineConfig(max_model_len=40, block_size=16, max_num_seqs=2, kv_cache_bytes=1 << 24)
+def test_cache_that_keeps_no_prefixes_is_no_larger_than_all_requests(toy_model) -> None:
+    config = EngineConfig(
+        max_model_len=40,
+        block_size=16,
+        max_num_seqs=2,
+        kv_cache_bytes=1 << 24,
+        enable_prefix_caching=False,
+    )
     assert ModelRunner(config, toy_model).kv_cache.num_tokens == 2 * 48

@@ -50,6 +50,21 @@ def test_prompts_alone_give_the_tokens_of_eager_steps(model, monkeypatch) -> Non
     assert len(replays.mixed) == 4 * len(PROMPT_LENS)
 
 
+def test_prompt_that_starts_from_cached_blocks_is_replayed_as_what_is_left_of_it(
+    model, monkeypatch
+) -> None:
+    options = {"max_model_len": 190, "num_blocks": 200, "max_num_batched_tokens": 190}
+    graphed = make_engine(model, enable_prefix_caching=True, **options)
+    eager = eager_engine(model, **options)
+    replays = Replays(graphed, monkeypatch)
+    (prompt,) = random_prompts(seed=0, count=1, vocab_size=199, min_len=150, max_len=150)
+    for num_tokens in (150, 147, 150, 130):
+        asked = [[*prompt[:num_tokens], 5, 6, 7]]
+        for params in (greedy(3), tempered(3)):
+            assert serve(graphed, asked, params) == serve(eager, asked, params)
+    assert [served.num_tokens for _, served in replays.mixed] == [153, 3, 3]
+
+
 @pytest.mark.parametrize("max_tokens", [0, 1, 2, 40, 10000])
 def test_prompt_that_no_graph_holds_is_launched_kernel_by_kernel(
     model, monkeypatch, max_tokens
