@@ -11,7 +11,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from folovllm.bench.block_map import FREE, SHARED, BlockMap, unpack_block_map
+from folovllm.bench.block_map import CACHED, FREE, SHARED, BlockMap, unpack_block_map
 
 from ..formatting import percent
 from ..results import Result, lookup
@@ -21,6 +21,7 @@ from . import style
 OWNER_COLOURS = tuple(colour for name, colour in TABLEAU_COLORS.items() if name != "tab:gray")
 """Given to requests in turn; without the grey, which is nearly that of shared blocks."""
 SHARED_COLOUR = "#222222"
+CACHED_COLOUR = "#D9D9D9"
 PREEMPTION_COLOUR = "#C00000"
 HEIGHT = 6.2
 MAX_ROWS = 600
@@ -58,6 +59,9 @@ def block_map(result: Result) -> Figure:
     if (owners == SHARED).any():
         handles.append(Patch(facecolor=SHARED_COLOUR))
         names.append("shared by several requests (below)")
+    if (owners == CACHED).any():
+        handles.append(Patch(facecolor=CACHED_COLOUR))
+        names.append("cached, held by nobody (below)")
     figure.legend(
         handles, names, loc="upper left", bbox_to_anchor=(0.065, 1 - 0.7 / HEIGHT), ncols=5,
         frameon=False, fontsize=8.5, handlelength=1.2, columnspacing=1.3,
@@ -128,12 +132,13 @@ def _owner_panel(
 ) -> None:
     """One coloured cell per block and sample. `stride`: ids between two rows."""
     in_turn = owners % len(OWNER_COLOURS)
-    cells = np.where(owners == SHARED, len(OWNER_COLOURS), in_turn)
+    num_colours = len(OWNER_COLOURS)
+    cells = np.select([owners == SHARED, owners == CACHED], [num_colours, num_colours + 1], in_turn)
     axes.pcolormesh(
         edges, (np.arange(len(owners) + 1) - 0.5) * stride,
         np.ma.masked_where(owners == FREE, cells),
-        cmap=ListedColormap([*OWNER_COLOURS, SHARED_COLOUR]), vmin=-0.5,
-        vmax=len(OWNER_COLOURS) + 0.5, rasterized=True,
+        cmap=ListedColormap([*OWNER_COLOURS, SHARED_COLOUR, CACHED_COLOUR]), vmin=-0.5,
+        vmax=num_colours + 1.5, rasterized=True,
     )  # fmt: skip
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from folovllm.bench.block_map import FREE, SHARED, BlockMap, pack_block_map
+from folovllm.bench.block_map import CACHED, FREE, SHARED, BlockMap, pack_block_map
 from folovllm.bench.late_requests import late_section, step_ranges
 from folovllm.bench.metrics import RequestTimes
 
@@ -97,7 +97,7 @@ def with_blocks(run: dict[str, Any], num_blocks: int) -> dict[str, Any]:
     run["steps"]["num_free_blocks"] = [num_blocks - 3] * num_steps
     run["kv_blocks"] = {"block_size": 16, "num_blocks": num_blocks, "waste": 0.1}
     owners = np.full((num_blocks, 4), FREE, dtype=np.int32)
-    owners[:4] = [[0, 0, FREE, FREE], [0, SHARED, FREE, 0], [FREE] * 4, [FREE, 1, 1, 1]]
+    owners[:4] = [[0, 0, FREE, FREE], [0, SHARED, FREE, 0], [CACHED] * 4, [FREE, 1, 1, 1]]
     run["block_map"] = pack_block_map(
         BlockMap(
             num_blocks=num_blocks,

@@ -62,7 +62,8 @@ def test_block_map_shows_owners_shared_blocks_and_who_came_back():
     mesh: Any = lower.collections[0]
     cells = mesh.get_array()
     assert cells.shape == (6, 4)
-    assert cells[:, 1].tolist() == [0, len(OWNER_COLOURS), None, 1, None, None]
+    shared = len(OWNER_COLOURS)
+    assert cells[:, 1].tolist() == [0, shared, shared + 1, 1, None, None]
     assert [text.get_text() for text in lower.texts] == ["0", "0 again", "1"]
     assert upper.get_ylabel() == "blocks in use"
     edges = mesh.get_coordinates()[0, :, 0]

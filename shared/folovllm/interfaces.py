@@ -67,6 +67,15 @@ class StepStats:
     """None, like the next one, in stages whose cache is not cut into blocks."""
     num_used_blocks: int | None = None
     """A block that requests share counts once."""
+    num_cached_blocks: int | None = None
+    """Blocks that a prefix cache finds; None, like those below, in stages without one."""
+    num_idle_blocks: int | None = None
+    """Cached blocks that nobody holds: they are part of `num_free_blocks`."""
+    num_evicted_blocks: int | None = None
+    """Cached blocks that were given up in this step to make room."""
+    num_prompt_tokens_looked_up: int | None = None
+    """Of requests that ran for the first time in this step."""
+    num_prompt_tokens_found: int | None = None
 
 
 @dataclass(frozen=True)

@@ -164,12 +164,18 @@ class Request:
     """(priority, order of arrival) as the scheduler counts them; kept when it has to wait again."""
     fork_of: "Request | None" = None
     """A request with the same prompt, whose computed keys and values this one may share."""
+    cache_salt: str | None = None
+    """Only requests with the same salt share cached prefixes, those with None among themselves; a
+    fork has its parent's. A stage without a prefix cache shares nothing, whatever the salt."""
     is_steered: bool = False
     """Whether its maker looks at every token before there is to be another, as beam search does."""
     arrival_time: float = 0.0
     """Seconds, on the clock of whoever made the request."""
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
+    num_cached_tokens: int | None = None
+    """Prompt tokens that a prefix cache had when this request first ran; None before that, in
+    stages without one, and for forks, whose prompt was looked up for another request."""
     num_pending_tokens: int = 0
     """Output tokens that a launched step will bring and whose ids the host does not know yet."""
     finish_reason: FinishReason | None = None

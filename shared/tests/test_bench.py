@@ -13,7 +13,7 @@ import torch
 from folovllm.bench import probes as bench_probes
 from folovllm.bench.benchmark import run_benchmark
 from folovllm.bench.block_map import FREE, unpack_block_map
-from folovllm.bench.blocks import block_section
+from folovllm.bench.blocks import block_section, prefix_section
 from folovllm.bench.late_requests import token_times
 from folovllm.bench.metrics import StepWork
 from folovllm.bench.probes import (
@@ -371,7 +371,7 @@ def test_columns_of_steps_and_requests_agree():
     report, _, _ = run()
     steps, rows = report["steps"], report["requests"]
     assert len({len(column) for column in steps.values()}) == 1
-    blocks = {"num_free_blocks", "num_used_blocks"}  # the fake has none
+    blocks = {f.name for f in fields(StepStats) if f.default is None}  # the fake has none
     columns = {"start_s", "duration_s", *(f.name for f in fields(StepStats))}
     assert set(steps) == columns - blocks
     computed = sum(row["num_prompt_tokens"] + row["num_output_tokens"] - 1 for row in rows)
@@ -552,6 +552,31 @@ def test_blocks_and_their_waste_are_worked_out_from_the_steps():
 def test_stage_without_blocks_reports_none():
     report, _, _ = run()
     assert report["kv_blocks"] is None and report["block_map"] is None
+    assert report["prefix_cache"] is None
+
+
+def test_what_a_prefix_cache_found_is_summed_over_the_steps():
+    counts = [(3, 1, 0, 10, 0), (9, 5, 2, 30, 25), (7, 7, 1, 0, 0)]
+    names = ("cached_blocks", "idle_blocks", "evicted_blocks", "prompt_tokens_looked_up",
+             "prompt_tokens_found")  # fmt: skip
+    steps = [
+        replace(
+            block_stats(8, 2, 6, 1),
+            **{f"num_{name}": value for name, value in zip(names, row, strict=True)},
+        )
+        for row in counts
+    ]
+    assert prefix_section(steps) == {
+        "hit_rate": 25 / 40,
+        "num_prompt_tokens_looked_up": 40,
+        "num_prompt_tokens_found": 25,
+        "num_evicted_blocks": 3,
+        "max_cached_blocks": 9,
+        "max_idle_blocks": 7,
+    }
+    nothing_new = prefix_section(steps[2:])
+    assert nothing_new is not None and nothing_new["hit_rate"] is None
+    assert prefix_section([block_stats(8, 2, 6, 1)]) is None
 
 
 def test_block_tables_of_an_engine_are_sampled_after_every_step():

@@ -9,6 +9,7 @@ import pytest
 
 from folovllm.bench import block_map
 from folovllm.bench.block_map import (
+    CACHED,
     FREE,
     MAX_PACKED_BYTES,
     MAX_SAMPLES,
@@ -60,6 +61,19 @@ def test_table_that_grows_after_a_sample_does_not_change_it():
     recorder = record([{"a": table}])
     table.append(1)
     assert recorder.block_map(2, ["a"]).owners.tolist() == [[0], [FREE]]
+
+
+def test_cached_block_that_nobody_holds_is_neither_free_nor_owned():
+    cache = SimpleNamespace(idle={3: None, 1: None})
+    manager = SimpleNamespace(block_tables={"a": [0]}, prefix_cache=cache)
+    recorder = BlockMapRecorder(manager, TickingClock())
+    recorder.after_step()
+    del cache.idle[3]
+    manager.block_tables = {"a": [0, 3]}
+    recorder.after_step()
+    sampled = recorder.block_map(4, ["a"])
+    assert sampled.owners.tolist() == [[0, 0], [CACHED, CACHED], [FREE, FREE], [CACHED, 0]]
+    assert unpack_block_map(pack_block_map(sampled)).owners.tolist() == sampled.owners.tolist()
 
 
 @pytest.mark.parametrize("num_steps", [1, MAX_SAMPLES, MAX_SAMPLES + 1, 5 * MAX_SAMPLES + 3])

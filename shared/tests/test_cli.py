@@ -409,6 +409,12 @@ def test_table_shows_a_dash_where_there_is_nothing_to_measure():
 
 def test_table_shows_late_prompts_where_the_workload_has_them():
     assert "late" not in format_summary(RESULT)
+    assert "cached" not in format_summary(RESULT)
+    found = {"prefix_cache": {"hit_rate": 0.625, "num_evicted_blocks": 1234}}
+    assert "prompt tokens cached   62.5 %" in format_summary(RESULT | found)
+    assert "cached blocks evicted  1,234" in format_summary(RESULT | found)
+    found["prefix_cache"]["hit_rate"] = None
+    assert "prompt tokens cached   –" in format_summary(RESULT | found)
     late = {"p50": 0.25, "p99": 0.25, "max": 0.25}
     beside = {"p50": 0.002, "p99": 0.09, "max": 0.1}
     table = format_summary(RESULT | {"late_ttft_s": late, "decoder_itl_beside_late_s": beside})

@@ -497,6 +497,22 @@ def test_call_returns_when_others_have_finished_its_prompts(make_llm):
         assert len(running.result().pop().outputs[0].token_ids) == 250
 
 
+def test_salt_of_a_prompt_reaches_all_its_requests(make_llm):
+    llm = make_llm(eos=())
+    prompt = {"prompt_token_ids": [5], "cache_salt": "a"}
+    generate(llm, [prompt, [5]], SamplingParams(n=2, max_tokens=1))
+    llm.beam_search([prompt], BeamSearchParams(beam_width=2, max_tokens=3))
+    assert [r.cache_salt for r in llm.engine.added[:4]] == ["a", "a", None, None]
+    assert {r.cache_salt for r in llm.engine.added[4:]} == {"a"}
+
+
+def test_stage_without_a_prefix_cache_has_nothing_to_reset(make_llm):
+    llm = make_llm()
+    assert generate(llm, [5], SamplingParams(max_tokens=1))[0].num_cached_tokens == 0
+    with pytest.raises(ValueError, match="keeps no prefixes that could be forgotten"):
+        llm.reset_prefix_cache()
+
+
 def test_beam_searches_of_several_threads_do_not_mix(make_llm):
     llm = make_llm([70], eos=())
 

@@ -2,12 +2,13 @@
 
 import abc
 from numbers import Integral
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from folovllm.entrypoints import prompts
-from folovllm.entrypoints.prompts import parse_prompt, split_prompts
+from folovllm.entrypoints.prompts import Prompt, parse_prompt, split_prompts
 
 VOCAB = 100
 
@@ -68,3 +69,25 @@ def test_list_of_many_prompts_is_checked_once_not_prompt_by_prompt(checks, promp
     many = [prompt] * 100_000
     assert split_prompts(many) == many
     assert len(checks) <= 1
+
+
+@pytest.mark.parametrize("salt", ["a", "user 1", None])
+def test_salt_stands_beside_the_prompt_in_either_form(salt):
+    assert parse_prompt({"prompt_token_ids": [3], "cache_salt": salt}, 0, None, VOCAB) == Prompt(
+        None, [3], salt
+    )
+    (item,) = split_prompts({"prompt": "3", "cache_salt": salt})
+    tokenizer = SimpleNamespace(encode=lambda text: [int(text)])
+    assert parse_prompt(item, 0, tokenizer, VOCAB) == Prompt("3", [3], salt)
+
+
+@pytest.mark.parametrize("salt", ["", 3, b"a", ["a"]])
+def test_salt_that_is_no_text_is_refused(salt):
+    with pytest.raises(ValueError, match="cache_salt of prompt 1 must be a text, not empty"):
+        parse_prompt({"prompt_token_ids": [3], "cache_salt": salt}, 1, None, VOCAB)
+
+
+@pytest.mark.parametrize("form", [{"cache_salt": "a"}, {"prompt": "a", "salt": "a"}])
+def test_salt_alone_and_other_names_are_refused(form):
+    with pytest.raises(ValueError, match='or without "cache_salt"'):
+        parse_prompt(form, 0, None, VOCAB)

@@ -9,7 +9,7 @@ from ..hardware import Ceilings, describe_environment, device_slug, measure_ceil
 from ..model.config import kv_bytes_per_token
 from ..model.transformer import CausalLM
 from ..workloads.workload import Workload
-from .blocks import block_section
+from .blocks import block_section, prefix_section
 from .measure import Measurement, measure
 from .metrics import (
     ModelCost,
@@ -132,6 +132,7 @@ def _resource_section(model: CausalLM, run: Measurement, ceilings: Ceilings) -> 
         ),
         "kv_utilisation": kv_utilisation(live, [step.num_kv_tokens_reserved for step in stats]),
         "kv_blocks": block_section(stats, bytes_per_token),
+        "prefix_cache": prefix_section(stats),
         "gpu_utilisation": run.gpu_utilisation,
         "roofline_fraction": roofline_fraction(
             _model_cost(model),

@@ -4,13 +4,13 @@ import base64
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-FREE, SHARED = -1, -2
-"""Instead of an owner: nobody, several requests."""
+FREE, SHARED, CACHED = -1, -2, -3
+"""Instead of an owner: nobody, several requests, nobody but a prefix cache."""
 MAX_SAMPLES = 200
 MAX_ROWS = 8192
 MAX_PACKED_BYTES = 250_000
@@ -43,7 +43,15 @@ class BlockMap:
     sampling_s: float
     """Seconds of the run, between its steps, that sampling took."""
     owners: NDArray[np.int32]
-    """[num_rows, num_samples]: an index into `request_ids`, FREE or SHARED."""
+    """[num_rows, num_samples]: an index into `request_ids`, FREE, SHARED or CACHED."""
+
+
+class _Sample(NamedTuple):
+    """Who held what after one step."""
+
+    block_tables: dict[str, list[int]]
+    cached_block_ids: NDArray[np.int32]
+    """Blocks that a prefix cache keeps and nobody holds; none in stages without one."""
 
 
 class BlockMapRecorder:
@@ -59,8 +67,8 @@ class BlockMapRecorder:
         self._seconds = 0.0
         self._num_steps = 0
         self._stride = 1
-        self._samples: dict[int, dict[str, list[int]]] = {}
-        """Step -> block tables after it."""
+        self._samples: dict[int, _Sample] = {}
+        """Step -> what was after it."""
 
     def after_step(self) -> None:
         """To be called after every step, outside of its time."""
@@ -72,9 +80,12 @@ class BlockMapRecorder:
         if len(self._samples) == MAX_SAMPLES:
             self._stride *= 2
             self._samples = {s: t for s, t in self._samples.items() if s % self._stride == 0}
-        self._samples[step] = {
-            request_id: list(table) for request_id, table in self._manager.block_tables.items()
-        }
+        tables = self._manager.block_tables
+        cache: Any = getattr(self._manager, "prefix_cache", None)
+        self._samples[step] = _Sample(
+            {request_id: list(table) for request_id, table in tables.items()},
+            np.array([] if cache is None else list(cache.idle), dtype=np.int32),
+        )
         self._seconds += self._clock.now() - start
 
     def block_map(self, num_blocks: int, request_ids: Sequence[str]) -> BlockMap:
@@ -82,8 +93,9 @@ class BlockMapRecorder:
         stride = -(-num_blocks // MAX_ROWS)
         index_of = {request_id: index for index, request_id in enumerate(request_ids)}
         owners = np.full((num_blocks, len(self._samples)), FREE, dtype=np.int32)
-        for column, tables in zip(owners.T, self._samples.values(), strict=True):
-            for request_id, table in tables.items():
+        for column, sample in zip(owners.T, self._samples.values(), strict=True):
+            column[sample.cached_block_ids] = CACHED
+            for request_id, table in sample.block_tables.items():
                 taken = column[table] != FREE
                 column[table] = np.where(taken, SHARED, index_of[request_id])
         return BlockMap(
@@ -111,6 +123,7 @@ def pack_block_map(block_map: BlockMap) -> dict[str, Any]:
         "sampling_s": block_map.sampling_s,
         "free": FREE,
         "shared": SHARED,
+        "cached": CACHED,
         "encoding": _ENCODING,
         "owners": packed,
     }

@@ -1,4 +1,4 @@
-"""What a benchmark reports of stages whose KV cache is cut into blocks."""
+"""What a benchmark reports of stages whose KV cache is cut into blocks, and of what they keep."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -30,6 +30,26 @@ def block_section(stats: Sequence[StepStats], kv_bytes_per_token: int) -> dict[s
         ),
         "num_preemptions": sum(s.num_preemptions for s in stats),
         "swapped_bytes": sum(s.num_swapped_tokens for s in stats) * kv_bytes_per_token,
+    }
+
+
+def prefix_section(stats: Sequence[StepStats]) -> dict[str, Any] | None:
+    """What a prefix cache found and gave up over a run; None in stages without one.
+
+    hit_rate is the share of prompt tokens that need not be computed: of requests that run for the
+    first time, so that it says nothing of prompts computed again after a preemption.
+    """
+    if any(s.num_cached_blocks is None for s in stats):
+        return None
+    num_looked_up = sum(s.num_prompt_tokens_looked_up or 0 for s in stats)
+    num_found = sum(s.num_prompt_tokens_found or 0 for s in stats)
+    return {
+        "hit_rate": num_found / num_looked_up if num_looked_up else None,
+        "num_prompt_tokens_looked_up": num_looked_up,
+        "num_prompt_tokens_found": num_found,
+        "num_evicted_blocks": sum(s.num_evicted_blocks or 0 for s in stats),
+        "max_cached_blocks": max(s.num_cached_blocks or 0 for s in stats),
+        "max_idle_blocks": max(s.num_idle_blocks or 0 for s in stats),
     }
 
 

@@ -27,6 +27,12 @@ def format_summary(result: dict[str, Any]) -> str:
             ("gap beside p50 / p99", _milliseconds(result["decoder_itl_beside_late_s"])),
             ("worst gap beside", _worst(result["decoder_itl_beside_late_s"])),
         ]
+    found = result.get("prefix_cache")
+    if found:
+        rows += [
+            ("prompt tokens cached", _share(found["hit_rate"])),
+            ("cached blocks evicted", f"{found['num_evicted_blocks']:,}"),
+        ]
     graphs = result.get("cuda_graphs")
     if graphs:
         count, mib = len(graphs["shapes"]), graphs["num_bytes"] / 2**20
@@ -40,6 +46,10 @@ def _milliseconds(summary: dict[str, float | None]) -> str:
     """p50 and p99; a workload of one token per request has no gaps to summarise."""
     parts = (summary["p50"], summary["p99"])
     return " / ".join("–" if part is None else f"{part * 1000:.2f}" for part in parts) + " ms"
+
+
+def _share(rate: float | None) -> str:
+    return "–" if rate is None else f"{100 * rate:.1f} %"
 
 
 def _worst(summary: dict[str, float | None]) -> str:

@@ -12,6 +12,7 @@ from itertools import count
 
 from ..interfaces import Engine, StepOutput, TokenOutput
 from ..request import Request, SamplingParams
+from .prompts import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class Beam:
     cum_logprob: float
     parent: Request | None
     """The request whose keys and values cover all but the last token."""
+    cache_salt: str | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class BeamSearch:
                     score = cum_logprob / num_output_tokens**self.params.length_penalty
                     self.finished.append(FinishedBeam(token_ids, cum_logprob, score))
             elif len(self.running) < width:
-                self.running.append(Beam(token_ids, cum_logprob, request))
+                self.running.append(Beam(token_ids, cum_logprob, request, beam.cache_salt))
         self.finished.sort(key=lambda beam: beam.score, reverse=True)
         del self.finished[width:]
         if not self._can_improve():
@@ -116,7 +118,7 @@ class BeamSearch:
 def search_beams(
     engine: Engine,
     step: Callable[[], StepOutput],
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Prompt],
     params: BeamSearchParams,
     eos_token_ids: frozenset[int],
     max_model_len: int,
@@ -127,15 +129,21 @@ def search_beams(
     leaves no room for `max_tokens`. Whatever happens, no request of ours stays in the engine.
     """
     for index, prompt in enumerate(prompts):
-        if len(prompt) + params.max_tokens > max_model_len:
+        num_prompt_tokens = len(prompt.token_ids)
+        if num_prompt_tokens + params.max_tokens > max_model_len:
             raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens, and max_tokens {params.max_tokens} more "
-                f"exceed max_model_len={max_model_len}; shorten the prompt, lower max_tokens or "
-                f"raise max_model_len"
+                f"prompt {index} has {num_prompt_tokens} tokens, and max_tokens "
+                f"{params.max_tokens} more exceed max_model_len={max_model_len}; shorten the "
+                f"prompt, lower max_tokens or raise max_model_len"
             )
     eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
     searches = [
-        BeamSearch(params, len(prompt), eos_token_ids, [Beam(list(prompt), 0.0, None)])
+        BeamSearch(
+            params,
+            len(prompt.token_ids),
+            eos_token_ids,
+            [Beam(list(prompt.token_ids), 0.0, None, prompt.cache_salt)],
+        )
         for prompt in prompts
     ]
     numbers = count()
@@ -178,6 +186,7 @@ def _make_request(beam: Beam, params: BeamSearchParams, max_model_len: int, numb
             ignore_eos=True,
         ),
         fork_of=beam.parent,
+        cache_salt=beam.cache_salt,
         is_steered=True,
     )
 

@@ -177,7 +177,7 @@ class LLM:
             searches = search_beams(
                 self._shared,
                 self._shared.step,
-                [prompt.token_ids for prompt in parsed],
+                parsed,
                 params,
                 self._requests.eos_token_ids,
                 self._requests.max_model_len,
@@ -191,6 +191,20 @@ class LLM:
         if self.tokenizer is not None:
             text = self.tokenizer.decode(beam.token_ids, skip_special_tokens=True)
         return BeamSearchSequence(beam.token_ids, beam.cum_logprob, text)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget the keys and values of all earlier prompts and answers; True, as it is done.
+
+        For after a change of the weights, or to measure without them. What other threads run goes
+        on, and is found again by those who come later. ValueError in stages that keep no prefixes.
+        """
+        if not hasattr(self.engine, "reset_prefix_cache"):
+            raise ValueError(
+                f"{self.engine_class.__module__} keeps no prefixes that could be forgotten; "
+                f"m6_prefix and the stages after it do"
+            )
+        self._shared.reset_prefix_cache()
+        return True
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What a call without SamplingParams gets: the suggestions of generation_config.json.

@@ -152,6 +152,7 @@ class PromptState:
             metrics=RequestMetrics(
                 self._arrival_time, self._first_token_time, self._last_token_time
             ),
+            num_cached_tokens=self.completions[0].request.num_cached_tokens or 0,
         )
 
 

@@ -69,6 +69,8 @@ class RequestOutput:
     finished: bool
     """True when every completion is."""
     metrics: RequestMetrics
+    num_cached_tokens: int = 0
+    """Of the prompt: those that were found in a prefix cache and not computed."""
 
 
 def make_logprobs(

@@ -15,12 +15,21 @@ class Prompt:
     text: str | None
     """None if it was given as token ids."""
     token_ids: list[int]
+    cache_salt: str | None = None
+    """Who gives the same salt shares cached prefixes; None: everybody who gives none."""
 
 
 PromptInput: TypeAlias = str | Sequence[int] | Mapping[str, Any] | Prompt
-"""Text, token ids, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or what `render_chat` made."""
+"""Text, token ids, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or what `render_chat` made.
 
-_FORMS = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
+Beside "prompt" or "prompt_token_ids" may stand "cache_salt" (vLLM's name): only prompts with the
+same salt share cached prefixes, so that nobody learns from the time to a first token what others
+asked. In stages without a prefix cache nothing is shared, and a salt changes nothing."""
+
+_FORMS = (
+    'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}, the last two with '
+    'or without "cache_salt": text'
+)
 
 
 def split_prompts(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:
@@ -48,7 +57,10 @@ def parse_prompt(
         raise ValueError(f"prompt {index} has no tokens; an engine needs at least one")
     token_ids = list(map(int, token_ids))
     check_token_ids(f"prompt {index}", token_ids, vocab_size)
-    return prompt if isinstance(prompt, Prompt) else Prompt(text, token_ids)
+    if isinstance(prompt, Prompt):
+        return prompt
+    cache_salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+    return Prompt(text, token_ids, cache_salt)
 
 
 def check_token_ids(what: str, token_ids: Sequence[int], vocab_size: int) -> None:
@@ -65,11 +77,16 @@ def _take_apart(prompt: PromptInput, index: int) -> tuple[str | None, Sequence[i
     if isinstance(prompt, Prompt):
         return None, prompt.token_ids
     if isinstance(prompt, Mapping):
-        inner = next(iter(prompt.values()), None)
-        if set(prompt) == {"prompt"} and isinstance(inner, str):
-            return inner, []
-        if set(prompt) == {"prompt_token_ids"} and _is_token_ids(inner):
-            return None, inner
+        salt = prompt.get("cache_salt")
+        if not (salt is None or (isinstance(salt, str) and salt)):
+            raise ValueError(
+                f"cache_salt of prompt {index} must be a text, not empty, got {salt!r}"
+            )
+        form = set(prompt) - {"cache_salt"}
+        if form == {"prompt"} and isinstance(prompt["prompt"], str):
+            return prompt["prompt"], []
+        if form == {"prompt_token_ids"} and _is_token_ids(prompt["prompt_token_ids"]):
+            return None, prompt["prompt_token_ids"]
     elif isinstance(prompt, str):
         return prompt, []
     elif _is_token_ids(prompt):

@@ -77,6 +77,7 @@ class RequestBuilder:
                 seed=self._seed_of(params, child),
                 priority=priority,
                 fork_of=completions[0].request if completions else None,
+                cache_salt=prompt.cache_salt,
                 arrival_time=arrival_time,
             )
             completions.append(CompletionState(request, child, self._tokenizer))

@@ -130,6 +130,12 @@ class SharedEngine:
         self._dropped.append(prompt)
         self._turns.try_turn(self._abort_dropped)
 
+    def reset_prefix_cache(self) -> None:
+        """As the engine's, of a stage that has one; AttributeError where there is none."""
+        engine: Any = self._engine
+        with interrupt_held_back(), self.turn():
+            engine.reset_prefix_cache()
+
     def step(self) -> StepOutput:
         """One step of the engine, in a turn of the caller's; everybody's tokens are recorded."""
         with interrupt_held_back():

@@ -1,5 +1,6 @@
 """What must hold between the queues of a scheduler and the tables of its KV cache manager."""
 
+from array import array
 from collections import Counter
 from typing import Any
 
@@ -70,7 +71,7 @@ def check_slots(scheduler: Any) -> None:
 
 
 def check_blocks(scheduler: Any, progress: Progress | None = None) -> None:
-    """Every block is free or named by as many tables as its reference count says."""
+    """Every block is free, idle, or named by as many tables as its reference count says."""
     progress = progress or Progress()
     manager = scheduler.kv_cache_manager
     for pool, tables in (
@@ -79,6 +80,10 @@ def check_blocks(scheduler: Any, progress: Progress | None = None) -> None:
     ):
         named = Counter(block_id for table in tables.values() for block_id in table)
         free = set(pool.free_block_ids)
+        assert len(free) == len(pool.free_block_ids)
+        if hasattr(pool, "prefix_cache"):
+            assert not free & pool.prefix_cache.nodes.keys(), "a free block is cached"
+            free |= pool.prefix_cache.idle.keys()
         assert len(free) == pool.num_free_blocks == pool.num_blocks - pool.num_used_blocks
         assert not free & named.keys(), "a free block is in a table"
         assert len(free) + len(named) == pool.num_blocks
@@ -95,6 +100,40 @@ def check_blocks(scheduler: Any, progress: Progress | None = None) -> None:
             progress.check_table(request, len(table), manager.block_size)
             assert len(set(table)) == len(table)
     assert manager.num_live_tokens(scheduler.running) == count_live_tokens(scheduler)
+    if hasattr(manager, "prefix_cache"):
+        check_prefix_cache(manager, scheduler.running)
+
+
+def check_prefix_cache(manager: Any, running: list[Request]) -> None:
+    """The trie has the blocks of `nodes` and no others, and gives up ends of prefixes first."""
+    cache = manager.prefix_cache
+    ages = {block_id: age for age, block_id in enumerate(cache.idle)}
+    assert ages.keys() == {b for b in cache.nodes if manager.pool.ref_counts[b] == 0}
+    num_nodes, level = 0, [cache.root]
+    while level:
+        node = level.pop()
+        level += node.children.values()
+        assert node.sorted_keys == sorted(node.children)
+        for key, child in node.children.items():
+            assert child.parent is node and child.key == key
+            if node is cache.root:
+                assert child.block_id is None and child.children, "a salt without a prefix"
+                continue
+            num_nodes += 1
+            assert cache.nodes[child.block_id] is child
+            if node.block_id in ages:
+                assert ages[child.block_id] < ages[node.block_id], "to be evicted before its end"
+    assert num_nodes == len(cache.nodes)
+    assert manager.num_cached_blocks.keys() <= manager.block_tables.keys()
+    for request in running:
+        table = manager.block_tables[request.request_id]
+        num_cached = manager.num_cached_blocks.get(request.request_id, 0)
+        assert num_cached * manager.block_size <= request.num_computed_tokens
+        for index, block_id in enumerate(table[:num_cached]):
+            node = cache.nodes[block_id]
+            assert node.parent.block_id == (table[index - 1] if index else None)
+            tokens = request.token_ids[index * manager.block_size :][: manager.block_size]
+            assert list(array("i", node.key)) == tokens, "a block is cached for other tokens"
 
 
 def count_live_tokens(scheduler: Any) -> int:

@@ -39,6 +39,7 @@ class SchedulerContract:
     """Inherit and set `stage`; a stage with other options or another cache says so."""
 
     stage: ClassVar[str]
+    fuzz: ClassVar[type[SchedulerFuzz]] = SchedulerFuzz
 
     def module(self, name: str) -> Any:
         return importlib.import_module(f"{self.stage}.{name}")
@@ -75,10 +76,14 @@ class SchedulerContract:
     @pytest.mark.parametrize("seed", range(10))
     def test_everybody_reads_its_own_prefix_whatever_happens(self, seed: int) -> None:
         for run in range(100):
-            rng = random.Random(1000 * seed + run)
-            config = self.make_config(**self.draw_options(rng))
-            driver = self.make_driver(config, self.draw_num_cache_tokens(config, rng))
-            SchedulerFuzz(rng, driver, config.max_model_len, self.files()).run()
+            self.run_fuzz(1000 * seed + run)
+
+    def run_fuzz(self, seed: int) -> None:
+        """One run, with everything drawn from this seed."""
+        rng = random.Random(seed)
+        config = self.make_config(**self.draw_options(rng))
+        driver = self.make_driver(config, self.draw_num_cache_tokens(config, rng))
+        self.fuzz(rng, driver, config.max_model_len, self.files()).run()
 
     def make_plain_driver(self) -> SchedulerDriver:
         """One whose requests do not get in each other's way, as far as the stage can."""
@@ -151,6 +156,8 @@ class SchedulerContract:
         modules = [self.module(name) for name in names]
         if hasattr(modules[1], "BlockPool"):
             modules.append(self.module("block_pool"))
+        if hasattr(modules[1], "PrefixCache"):
+            modules.append(self.module("prefix_cache"))
         modules.append(importlib.import_module("folovllm.request_queue"))
         return [str(module.__file__) for module in modules]
 

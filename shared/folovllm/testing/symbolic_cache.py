@@ -11,9 +11,9 @@ _MODULUS = (1 << 61) - 1
 VOCAB_SIZE = 50
 
 
-def _symbols(token_ids: Iterable[int]) -> list[int]:
-    """One number per token, which stands for it and all before it."""
-    symbols, symbol = [], 1
+def _symbols(token_ids: Iterable[int], cache_salt: str | None) -> list[int]:
+    """One number per token, which stands for it and all before it, and for nobody else's salt."""
+    symbols, symbol = [], 1 + sum(map(ord, cache_salt or ""))
     for token_id in token_ids:
         symbol = (symbol * 1_000_003 + token_id + 1) % _MODULUS
         symbols.append(symbol)
@@ -29,7 +29,7 @@ def tokens_alone(request: Request) -> list[int]:
     token_ids = list(request.prompt_token_ids)
     num_output_tokens = 0
     while num_output_tokens < request.max_tokens:
-        token_ids.append(_sample(_symbols(token_ids)[-1], request.seed))
+        token_ids.append(_sample(_symbols(token_ids, request.cache_salt)[-1], request.seed))
         num_output_tokens += 1
         if expected_finish_reason(request, token_ids[-1], num_output_tokens) is not None:
             break
@@ -74,7 +74,9 @@ class SymbolicCache:
                     destination.pop((copy.destination, offset), None)
                 else:
                     destination[copy.destination, offset] = symbol
-        symbols = [_symbols(self._token_ids(s)) for s in scheduler_output.scheduled]
+        symbols = [
+            _symbols(self._token_ids(s), s.request.cache_salt) for s in scheduler_output.scheduled
+        ]
         self._store(scheduler_output.scheduled, symbols)
         for s, own in zip(scheduler_output.scheduled, symbols, strict=True):
             read = [self._device.get(self._locate(s, position)) for position in range(len(own))]
