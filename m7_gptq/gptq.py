@@ -50,14 +50,8 @@ class QuantizationConfig:
             raise ValueError(f"damp_percent must be in (0, 1), got {self.damp_percent}")
 
     def columns_per_group(self, num_inputs: int) -> int:
-        """ValueError if the inputs are not whole groups."""
-        size = num_inputs if self.group_size == -1 else self.group_size
-        if num_inputs % size:
-            raise ValueError(
-                f"a matrix with {num_inputs} inputs has no whole groups of {size}; choose a "
-                f"group_size that divides it, or -1"
-            )
-        return size
+        """Of all groups but the last, which may have fewer."""
+        return num_inputs if self.group_size == -1 else self.group_size
 
 
 class Grid(NamedTuple):

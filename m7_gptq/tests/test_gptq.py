@@ -205,11 +205,16 @@ def test_settings_that_cannot_work_are_refused(options, message) -> None:
         QuantizationConfig(**options)
 
 
-def test_inputs_that_are_not_whole_groups_are_refused() -> None:
-    weight, hessian, _ = problem()
-    for make in (lambda c: quantize(weight, hessian, c), lambda c: round_to_nearest(weight, c)):
-        with pytest.raises(ValueError, match="64 inputs has no whole groups of 48"):
-            make(QuantizationConfig(group_size=48))
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_last_group_may_have_fewer_columns(desc_act) -> None:
+    weight, hessian, _ = problem(num_outputs=8)
+    config = QuantizationConfig(group_size=48, desc_act=desc_act)
+    for matrix in (quantize(weight, hessian, config), round_to_nearest(weight, config)):
+        assert matrix.scales.shape == (2, 8)
+        assert torch.bincount(matrix.g_idx.long()).tolist() == [48, 16]
+    expected = brute_force(weight, hessian, config)
+    values = quantize(weight, hessian, config).dequantize()
+    assert ((values - expected).abs() < 1e-4).all(dim=1).float().mean() >= 0.75
 
 
 def test_dequantized_values_are_zero_point_scale_and_group() -> None:

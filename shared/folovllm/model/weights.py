@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,35 @@ def iter_safetensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with _open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 yield name, file.get_tensor(name)
+
+
+class Checkpoint:
+    """Tensors of a published checkpoint by name, read one at a time; a context manager."""
+
+    def __init__(self, directory: Path) -> None:
+        self._paths = _safetensors_files(directory)
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> "Checkpoint":
+        for path in self._paths:
+            file = self._stack.enter_context(_open_safetensors(path))
+            self._files |= dict.fromkeys(file.keys(), file)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def get(self, name: str) -> torch.Tensor:
+        """ValueError if it is not there."""
+        if name not in self._files:
+            raise ValueError(f"the checkpoint has no tensor {name}; download the model again")
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
 
 
 @contextmanager

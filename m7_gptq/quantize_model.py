@@ -1,0 +1,279 @@
+"""Quantises a checkpoint layer after layer, and writes each when it is done.
+
+A layer is calibrated with what the quantised layers before it produce, so that it makes up for
+their errors as well. Only one layer and the activations between two are on the device at a time.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from folovllm.json_files import write_json_atomically
+from folovllm.kernels.selection import select_kernels
+from folovllm.model.config import ModelConfig
+from folovllm.model.linear import Linear, Part
+from folovllm.model.rope import RotaryTable
+from folovllm.model.transformer import DecoderLayer
+from folovllm.model.weights import Checkpoint, layer_linears, layer_slices, layer_tensors
+
+from .gptq import (
+    Hessian,
+    QuantizationConfig,
+    QuantizedMatrix,
+    quantize,
+    relative_error,
+    round_to_nearest,
+)
+from .packing import PackedMatrix, pack_matrix, unpack_matrix
+from .whole_sequences import Activations, embed, run_layer
+
+_STATE_FILE = "quantization_state.json"
+_COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "*.jinja",
+    "vocab*",
+    "merges.txt",
+)
+
+
+class Method(Enum):
+    GPTQ = "gptq"
+    RTN = "rtn"
+    """Round to nearest: no calibration enters the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is quantised, and how."""
+
+    source: Path
+    """Folder of an unquantised checkpoint."""
+    target: Path
+    """Folder to write; an interrupted run of the same job goes on where it was."""
+    config: QuantizationConfig
+    method: Method = Method.GPTQ
+    checkpoint_format: str = "gptq"
+    device: torch.device
+    dtype: torch.dtype
+    """Of the computation; the Hessian and what follows from it are float32 always."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer, done."""
+
+    layer_idx: int
+    num_layers: int
+    errors: dict[str, float]
+    """Matrix -> |WX - QX|² / |WX|² over the calibration inputs"""
+    seconds: float
+
+
+class _Recorder(Part):
+    """Stands in for a matrix and adds its inputs to a Hessian."""
+
+    def __init__(self, linear: Linear) -> None:
+        self.linear = linear
+        weight = linear.weight
+        self.hessian = Hessian(weight.shape[1], weight.device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.hessian.add(x)
+        return self.linear(x)
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        self.hessian.add(x)
+        return self.linear.gated(x)
+
+
+@torch.inference_mode()
+def quantize_checkpoint(
+    job: Job, token_ids: torch.Tensor, report: Callable[[LayerReport], None]
+) -> list[LayerReport]:
+    """Write the quantised checkpoint; returns the report of every layer, also of earlier runs.
+
+    token_ids: [num_sequences, length] int64, the calibration text. ValueError if the checkpoint is
+    quantised already, or the target is that of another job.
+    """
+    config = ModelConfig.from_directory(job.source)
+    if config.quantization is not None:
+        raise ValueError(f"{job.source} is quantised already; give the checkpoint it was made from")
+    state = _State(job, token_ids)
+    with Checkpoint(job.source) as checkpoint:
+        embedding = checkpoint.get("model.embed_tokens.weight")
+        activations = embed(token_ids.to(job.device), embedding.to(job.device, job.dtype))
+        rope = RotaryTable(config.rope, config.head_dim, token_ids.shape[1], job.device)
+        like = torch.empty(0, dtype=job.dtype, device=job.device)
+        kernels = select_kernels(job.device)
+        for layer_idx in range(config.num_layers):
+            start = time.perf_counter()
+            layer = DecoderLayer(config, layer_idx, kernels, like)
+            prefix = f"model.layers.{layer_idx}."
+            for name, tensor in layer_tensors(layer).items():
+                tensor.copy_(checkpoint.get(prefix + name))
+            file = job.target / f"layer-{layer_idx:05}.safetensors"
+            if layer_idx < len(state.reports):
+                _restore(layer, load_file(file), prefix, job)
+            else:
+                tensors, errors = _quantize_layer(layer, rope, activations, job)
+                kept = {
+                    prefix + name: checkpoint.get(prefix + name)
+                    for name in layer_tensors(layer)
+                    if not _is_matrix(name)
+                }
+                _save({**{prefix + n: t for n, t in tensors.items()}, **kept}, file)
+                seconds = time.perf_counter() - start
+                state.add(LayerReport(layer_idx, config.num_layers, errors, seconds))
+                report(state.reports[-1])
+            _run_in_place(layer, rope, activations)
+        rest = [name for name in checkpoint.names if not name.startswith("model.layers.")]
+        _save({name: checkpoint.get(name) for name in rest}, job.target / "rest.safetensors")
+    _write_index(job)
+    state.remove()
+    return state.reports
+
+
+def _quantize_layer(
+    layer: DecoderLayer, rope: RotaryTable, activations: Activations, job: Job
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The layer's packed matrices by their published names, and errors; mutates its weights."""
+    linears = _plain_linears(layer)
+    recorders = {name: _Recorder(linear) for name, linear in linears.items()}
+    _replace(layer, recorders)
+    for batch in activations.batches():
+        run_layer(layer, rope, batch)
+    _replace(layer, linears)
+    tensors: dict[str, torch.Tensor] = {}
+    errors: dict[str, float] = {}
+    for name, linear in linears.items():
+        hessian = recorders[name].hessian.matrix
+        if job.method is Method.GPTQ:
+            matrix = quantize(linear.weight, hessian, job.config)
+        else:
+            matrix = round_to_nearest(linear.weight, job.config)
+        errors[name] = relative_error(linear.weight, matrix, hessian)
+        linear.weight.copy_(matrix.dequantize())
+        start = 0
+        for part, num_outputs in layer_slices(layer.self_attn.config)[name]:
+            rows = slice(start, start + num_outputs)
+            start += num_outputs
+            own = QuantizedMatrix(
+                matrix.q[rows], matrix.scales[:, rows], matrix.zeros[:, rows], matrix.g_idx
+            )
+            packed = pack_matrix(own, job.config.bits, job.checkpoint_format)
+            path = f"{name.rpartition('.')[0]}.{part}"
+            # Copies: what shares memory cannot stand in one file.
+            tensors |= {f"{path}.{key}": value.clone() for key, value in packed._asdict().items()}
+    return tensors, errors
+
+
+def _restore(layer: DecoderLayer, tensors: dict[str, torch.Tensor], prefix: str, job: Job) -> None:
+    """Put the weights that an earlier run quantised into the layer."""
+    for name, linear in _plain_linears(layer).items():
+        start = 0
+        for part, num_outputs in layer_slices(layer.self_attn.config)[name]:
+            path = f"{prefix}{name.rpartition('.')[0]}.{part}."
+            packed = PackedMatrix(*(tensors[path + key] for key in PackedMatrix._fields))
+            matrix = unpack_matrix(packed, job.config.bits, job.checkpoint_format)
+            linear.weight[start : start + num_outputs].copy_(matrix.dequantize())
+            start += num_outputs
+
+
+def _run_in_place(layer: DecoderLayer, rope: RotaryTable, activations: Activations) -> None:
+    """Replace what goes into the layer by what comes out."""
+    for batch in activations.batches():
+        for target, result in zip(batch, run_layer(layer, rope, batch), strict=True):
+            target.copy_(result)
+
+
+def _plain_linears(layer: DecoderLayer) -> dict[str, Linear]:
+    linears = layer_linears(layer)
+    return {name: linear for name, linear in linears.items() if isinstance(linear, Linear)}
+
+
+def _replace(layer: DecoderLayer, linears: dict[str, Any]) -> None:
+    for name, linear in linears.items():
+        part, _, attribute = name.partition(".")
+        setattr(getattr(layer, part), attribute, linear)
+
+
+def _is_matrix(name: str) -> bool:
+    return name.endswith("_proj.weight")
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(on_host, str(partial), metadata={"format": "pt"})
+    partial.replace(file)
+
+
+class _State:
+    """Which layers of a job are done; kept in the target until all are."""
+
+    def __init__(self, job: Job, token_ids: torch.Tensor) -> None:
+        self.file = job.target / _STATE_FILE
+        self.settings = {
+            "source": job.source.name,
+            "source_config": (job.source / "config.json").read_text(encoding="utf-8"),
+            "method": job.method.value,
+            "checkpoint_format": job.checkpoint_format,
+            "dtype": str(job.dtype),
+            "config": asdict(job.config),
+            "calibration": hashlib.sha256(token_ids.numpy().tobytes()).hexdigest(),
+        }
+        self.reports: list[LayerReport] = []
+        job.target.mkdir(parents=True, exist_ok=True)
+        if self.file.is_file():
+            content = json.loads(self.file.read_text(encoding="utf-8"))
+            if content["settings"] != self.settings:
+                raise ValueError(
+                    f"{job.target} holds an unfinished run with other settings; give another "
+                    f"output folder, or remove that one"
+                )
+            self.reports = [LayerReport(**report) for report in content["reports"]]
+        elif any(job.target.iterdir()):
+            raise ValueError(f"{job.target} is not empty; give another output folder")
+
+    def add(self, report: LayerReport) -> None:
+        self.reports.append(report)
+        reports = [asdict(report) for report in self.reports]
+        write_json_atomically(self.file, {"settings": self.settings, "reports": reports})
+
+    def remove(self) -> None:
+        self.file.unlink(missing_ok=True)
+
+
+def _write_index(job: Job) -> None:
+    """What makes the folder a checkpoint, last of all: index, configs, tokenizer."""
+    weight_map, num_bytes = {}, 0
+    for file in sorted(job.target.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            weight_map[name] = file.name
+            num_bytes += tensor.nbytes
+    for pattern in _COPIED:
+        for path in job.source.glob(pattern):
+            shutil.copyfile(path, job.target / path.name)
+    settings = {
+        **{name: value for name, value in asdict(job.config).items() if name != "mse"},
+        "checkpoint_format": job.checkpoint_format,
+        "lm_head": False,
+        "true_sequential": False,
+    }
+    write_json_atomically(job.target / "quantize_config.json", settings)
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+    write_json_atomically(job.target / "model.safetensors.index.json", index)
+    config = json.loads((job.source / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "gptq", **settings}
+    write_json_atomically(job.target / "config.json", config)

@@ -1,0 +1,112 @@
+"""The int4 kernels against what torch makes of the dequantised weights."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1 before start", allow_module_level=True)
+
+from m7_gptq import int4_matmul  # noqa: E402
+from m7_gptq.gptq import (  # noqa: E402
+    Hessian,
+    QuantizationConfig,
+    QuantizedMatrix,
+    quantize,
+    round_to_nearest,
+)
+
+DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
+DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if HAS_CUDA else [])
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+SHAPES = [(64, 8), (256, 33), (1024, 40), (576, 24), (2304, 16)]
+
+
+def quantized(num_inputs, num_outputs, **options) -> QuantizedMatrix:
+    generator = torch.Generator().manual_seed(num_inputs)
+    weight = torch.randn(num_outputs, num_inputs, generator=generator) / num_inputs**0.5
+    config = QuantizationConfig(**options)
+    if config.desc_act:
+        hessian = Hessian(num_inputs, weight.device)
+        sizes = torch.rand(num_inputs, generator=generator)
+        hessian.add(torch.randn(num_inputs + 50, num_inputs, generator=generator) * sizes)
+        matrix = quantize(weight, hessian.matrix, config)
+    else:
+        matrix = round_to_nearest(weight, config)
+    return QuantizedMatrix(*(tensor.to(DEVICE) for tensor in matrix))
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 7) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def check(matrix: QuantizedMatrix, num_rows: int, dtype: torch.dtype, bias=None) -> None:
+    x = draw(num_rows, matrix.q.shape[1], dtype=dtype)
+    out = int4_matmul.linear(x, int4_matmul.pack_for_kernel(matrix), bias)
+    assert out.dtype == dtype
+    expected = F.linear(x.float(), matrix.dequantize(), None if bias is None else bias.float())
+    torch.testing.assert_close(out.float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), SHAPES)
+@pytest.mark.parametrize("num_rows", [1, 2, 16, 17, 65])
+def test_product_equals_that_of_the_dequantised_weights(
+    num_rows, num_inputs, num_outputs, dtype
+) -> None:
+    check(quantized(num_inputs, num_outputs, group_size=128, sym=False), num_rows, dtype)
+
+
+@pytest.mark.parametrize("group_size", [8, 32, 64, 128, -1])
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("sym", [True, False])
+def test_groups_of_every_size_and_act_order(group_size, desc_act, sym) -> None:
+    matrix = quantized(512, 16, group_size=group_size, desc_act=desc_act, sym=sym)
+    for num_rows in (1, 5):
+        check(matrix, num_rows, torch.float16)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 200])
+def test_bias_is_added_and_many_rows_are_left_to_the_library(num_rows) -> None:
+    check(
+        quantized(256, 24, group_size=64),
+        num_rows,
+        torch.float16,
+        bias=draw(24, dtype=torch.float16, seed=3),
+    )
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_written_out_weights_are_the_dequantised_ones(desc_act) -> None:
+    matrix = quantized(512, 16, group_size=64, desc_act=desc_act, sym=False)
+    packed = int4_matmul.pack_for_kernel(matrix)
+    expected = matrix.dequantize()
+    if packed.order is not None:
+        expected = expected[:, packed.order]
+    assert (packed.order is not None) == desc_act
+    assert torch.equal(int4_matmul.dequantize(packed, torch.float32), expected)
+
+
+def test_nibbles_of_a_run_are_inputs_that_follow_each_other() -> None:
+    q = (torch.arange(16) % 16).repeat(4)[None].to(torch.uint8)  # 64 inputs, runs of 8 words
+    matrix = QuantizedMatrix(
+        q.to(DEVICE),
+        torch.ones(1, 1, device=DEVICE),
+        torch.zeros(1, 1, dtype=torch.int32, device=DEVICE),
+        torch.zeros(64, dtype=torch.int32, device=DEVICE),
+    )
+    packed = int4_matmul.pack_for_kernel(matrix)
+    assert packed.run == 8
+    first = int(packed.words[0, 0]) & 0xFFFFFFFF
+    assert [first >> shift & 15 for shift in range(0, 32, 4)] == [0, 8, 0, 8, 0, 8, 0, 8]
+
+
+def test_inputs_that_do_not_fill_words_are_refused() -> None:
+    with pytest.raises(ValueError, match="12 inputs of 4 bits do not fill words"):
+        int4_matmul.pack_for_kernel(quantized(12, 8, group_size=-1))
