@@ -42,6 +42,13 @@ class LinearLayer(Protocol):
     def finish(self) -> None:
         """Called once, when all targets are filled."""
 
+    def randomize(self, generator: torch.Generator) -> None:
+        """Fill with random weights instead; biases are 0."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases, however they are stored."""
+
 
 class LinearFactory(Protocol):
     """Makes a matrix on the device and in the dtype of `like`."""
@@ -55,6 +62,9 @@ class LinearFactory(Protocol):
         like: torch.Tensor,
     ) -> Any: ...
 
+
+INITIAL_STD = 0.02
+"""Standard deviation of random weights; what the published models were initialised with."""
 
 LinearsOf = Callable[[dict[str, Any] | None], LinearFactory]
 """What matrices a checkpoint wants, by the quantisation that its config names (None: none).
@@ -93,6 +103,15 @@ class Linear(Part):
         return targets
 
     def finish(self) -> None: ...
+
+    def randomize(self, generator: torch.Generator) -> None:
+        self.weight.normal_(0.0, INITIAL_STD, generator=generator)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    @property
+    def num_parameters(self) -> int:
+        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
 
 
 def plain_linears(quantization: dict[str, Any] | None) -> LinearFactory:

@@ -9,6 +9,7 @@ of several hundred modules and parameters are host time in every eager step.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -166,28 +167,56 @@ class CausalLM:
         """
         return torch.mm(hidden, self.lm_head.t(), out=out)
 
-    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(dotted name, tensor) of every weight, in order; tied embeddings come once."""
+    def named_members(self) -> Iterator[tuple[str, Any]]:
+        """(dotted name, tensor or LinearLayer), in order; tied embeddings come once."""
         seen = set()
-        for name, tensor in _named_tensors(self, ""):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield name, tensor
+        for name, member in _named_members(self, ""):
+            if id(member) not in seen:
+                seen.add(id(member))
+                yield name, member
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(dotted name, tensor) of all that is stored, in order."""
+        for name, member in self.named_members():
+            if isinstance(member, torch.Tensor):
+                yield name, member
+            else:
+                yield from _named_tensors(member, f"{name}.")
 
     @property
     def num_parameters(self) -> int:
-        return sum(tensor.numel() for _, tensor in self.named_parameters())
+        """Numbers that the model has, however they are stored."""
+        return sum(
+            member.numel() if isinstance(member, torch.Tensor) else member.num_parameters
+            for _, member in self.named_members()
+        )
 
     @property
     def num_parameter_bytes(self) -> int:
         return sum(tensor.nbytes for _, tensor in self.named_parameters())
 
 
-def _named_tensors(part: object, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that a part of the model and its parts hold, by attribute and index."""
-    members = enumerate(part) if isinstance(part, list) else vars(part).items()
-    for name, member in members:
-        if isinstance(member, torch.Tensor):
+def _named_members(part: object, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The tensors and matrices that a part of the model and its parts hold."""
+    for name, member in _attributes(part):
+        if isinstance(member, torch.Tensor) or hasattr(member, "randomize"):
             yield f"{prefix}{name}", member
         elif isinstance(member, list | Part):
+            yield from _named_members(member, f"{prefix}{name}.")
+
+
+def _named_tensors(part: object, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a matrix, in it or in what it is made of."""
+    for name, member in _attributes(part):
+        if isinstance(member, torch.Tensor):
+            yield f"{prefix}{name}", member
+        elif isinstance(member, tuple | Part):
             yield from _named_tensors(member, f"{prefix}{name}.")
+
+
+def _attributes(part: object) -> Iterator[tuple[str, Any]]:
+    """By name, or by index."""
+    if isinstance(part, list | tuple):
+        yield from ((str(index), member) for index, member in enumerate(part))
+    else:
+        yield from vars(part).items()

@@ -11,12 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .config import ModelConfig
-from .linear import LinearLayer, Slice
+from .linear import INITIAL_STD, LinearLayer, Slice
 from .transformer import CausalLM, DecoderLayer
-
-_INITIAL_STD = 0.02
-"""Standard deviation of random weights; what the published models were initialised with."""
-
 
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -91,13 +87,13 @@ def _is_convertible(tensor: torch.Tensor, target: torch.Tensor) -> bool:
 def load_random(model: CausalLM, seed: int) -> None:
     """Fill the parameters on their device from `seed`; norms are 1 and biases 0."""
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if name.endswith("norm"):
-            parameter.fill_(1.0)
-        elif name.endswith("bias"):
-            parameter.zero_()
+    for name, member in model.named_members():
+        if not isinstance(member, torch.Tensor):
+            member.randomize(generator)
+        elif name.endswith("norm"):
+            member.fill_(1.0)
         else:
-            parameter.normal_(0.0, _INITIAL_STD, generator=generator)
+            member.normal_(0.0, INITIAL_STD, generator=generator)
 
 
 def iter_safetensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:

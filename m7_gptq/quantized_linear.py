@@ -1,0 +1,241 @@
+"""Matrices of a GPTQ checkpoint in the place of the transformer's plain ones."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from folovllm.kernels.selection import Kernels
+from folovllm.model.linear import LinearFactory, Part, Slice, plain_linears
+from folovllm.setting_checks import is_int
+
+from .gptq import QuantizationConfig, QuantizedMatrix
+from .packing import V1, V2, PackedMatrix, unpack_matrix
+
+_RANDOM_STD = 0.02
+_SHARED = "g_idx"
+
+
+class Scheme(NamedTuple):
+    """How a checkpoint stores its matrices."""
+
+    config: QuantizationConfig
+    checkpoint_format: str
+
+    @classmethod
+    def from_checkpoint(cls, quantization: Mapping[str, Any]) -> "Scheme":
+        """Reads `quantization_config`; ValueError for what is missing or not of this format."""
+        method = quantization.get("quant_method")
+        if method != "gptq":
+            raise ValueError(
+                f"this checkpoint is quantised by {method!r}, and this stage reads 'gptq'; give a "
+                f"checkpoint that AutoGPTQ, GPTQModel or `python -m m7_gptq quantize` wrote"
+            )
+        checkpoint_format = quantization.get("checkpoint_format", V1)
+        if checkpoint_format not in (V1, V2):
+            raise ValueError(
+                f"checkpoint_format must be {V1!r} or {V2!r}, got {checkpoint_format!r}; convert "
+                f"the checkpoint to one of them"
+            )
+        if quantization.get("lm_head"):
+            raise ValueError("a quantised lm_head is not supported; quantise without it")
+        if quantization.get("dynamic"):
+            raise ValueError("layers of unequal bits ('dynamic') are not supported")
+        for name in ("bits", "group_size"):
+            if not is_int(quantization.get(name)):
+                raise ValueError(
+                    f"quantization_config must have a whole number as {name}, got "
+                    f"{quantization.get(name)!r}"
+                )
+        config = QuantizationConfig(
+            bits=quantization["bits"],
+            group_size=quantization["group_size"],
+            sym=bool(quantization.get("sym", True)),
+            desc_act=bool(quantization.get("desc_act", False)),
+        )
+        return cls(config, checkpoint_format)
+
+
+class QuantizedLinear(Part):
+    """y = x W^T + b with packed integers.
+
+    On a GPU the kernels multiply with 4-bit words; on a CPU, and for other numbers of bits, the
+    weights are written out once, when they are loaded.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        in_features: int,
+        out_features: int,
+        has_bias: bool,
+        kernels: Kernels,
+        like: torch.Tensor,
+    ) -> None:
+        self.scheme, self.kernels, self.like = scheme, kernels, like
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = like.new_empty(out_features) if has_bias else None
+        self.product: Part | None = None
+        """Once the tensors of the checkpoint are all there."""
+        self.packed: dict[str, torch.Tensor] = {}
+        """Tensors of the checkpoint until then, those of merged matrices side by side."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x)  # type: ignore[misc, operator]
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        return self.kernels.silu_mul(self(x))
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases, however they are stored."""
+        num_biases = 0 if self.bias is None else self.out_features
+        return self.in_features * self.out_features + num_biases
+
+    def targets(self, slices: Sequence[Slice]) -> dict[str, torch.Tensor]:
+        self.packed = self._empty(len(slices))
+        per_word = 32 // self.scheme.config.bits if 32 % self.scheme.config.bits == 0 else 32
+        targets: dict[str, torch.Tensor] = {}
+        start = 0
+        for index, (name, num_outputs) in enumerate(slices):
+            end = start + num_outputs
+            if start % per_word or num_outputs % per_word:
+                raise ValueError(
+                    f"{name} has {num_outputs} outputs, whose zero points do not fill words of "
+                    f"{self.scheme.config.bits} bits; such a matrix cannot be stored"
+                )
+            words = slice(*(n * self.scheme.config.bits // 32 for n in (start, end)))
+            targets[f"{name}.qweight"] = self.packed["qweight"][:, start:end]
+            targets[f"{name}.qzeros"] = self.packed["qzeros"][:, words]
+            targets[f"{name}.scales"] = self.packed["scales"][:, start:end]
+            targets[f"{name}.g_idx"] = self.packed["g_idx"][index]
+            if self.bias is not None:
+                targets[f"{name}.bias"] = self.bias[start:end]
+            start = end
+        return targets
+
+    def _empty(self, num_slices: int) -> dict[str, torch.Tensor]:
+        config, device = self.scheme.config, self.like.device
+        num_groups = -(-self.in_features // config.columns_per_group(self.in_features))
+        shapes = {
+            "qweight": (self.in_features * config.bits // 32, self.out_features),
+            "qzeros": (num_groups, self.out_features * config.bits // 32),
+            "scales": (num_groups, self.out_features),
+            "g_idx": (num_slices, self.in_features),
+        }
+        return {
+            name: torch.empty(
+                shape, dtype=torch.float16 if name == "scales" else torch.int32, device=device
+            )
+            for name, shape in shapes.items()
+        }
+
+    def finish(self) -> None:
+        packed = self.packed
+        g_idx = packed["g_idx"]
+        if (g_idx != g_idx[0]).any():
+            raise ValueError(
+                "q, k and v, or gate and up, of this checkpoint have different orders of columns "
+                "(g_idx) and cannot be one matrix; quantise without desc_act, or with "
+                "static_groups"
+            )
+        num_groups = len(packed["scales"])
+        if g_idx.numel() and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < num_groups:
+            raise ValueError(
+                f"g_idx of this checkpoint names groups from {int(g_idx.min())} to "
+                f"{int(g_idx.max())}, and there are {num_groups}; download it again"
+            )
+        self._set_matrix(
+            unpack_matrix(
+                PackedMatrix(packed["qweight"], packed["qzeros"], packed["scales"], g_idx[0]),
+                self.scheme.config.bits,
+                self.scheme.checkpoint_format,
+            )
+        )
+
+    def randomize(self, generator: torch.Generator) -> None:
+        """Random integers with the spread that random weights have; biases 0."""
+        config, device = self.scheme.config, self.like.device
+        size = config.columns_per_group(self.in_features)
+        num_groups = -(-self.in_features // size)
+        levels = 1 << config.bits
+        q = torch.randint(
+            0,
+            levels,
+            (self.out_features, self.in_features),
+            dtype=torch.uint8,
+            device=device,
+            generator=generator,
+        )
+        scale = _RANDOM_STD / ((levels**2 - 1) / 12) ** 0.5
+        shape = (num_groups, self.out_features)
+        self._set_matrix(
+            QuantizedMatrix(
+                q=q,
+                scales=torch.full(shape, scale, dtype=torch.float16, device=device).float(),
+                zeros=torch.full(shape, levels // 2, dtype=torch.int32, device=device),
+                g_idx=(torch.arange(self.in_features, device=device) // size).to(torch.int32),
+            )
+        )
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def _set_matrix(self, matrix: QuantizedMatrix) -> None:
+        self.packed = {}
+        has_kernels = self.like.device.type == "cuda" and self.scheme.config.bits == 4
+        make = Int4Product if has_kernels and self.in_features % 8 == 0 else WrittenOutProduct
+        self.product = make(matrix, self.bias, self.kernels, self.like)
+
+
+class WrittenOutProduct(Part):
+    """The weights at the model's type: as fast, and as large, as those of the unquantised model."""
+
+    def __init__(
+        self,
+        matrix: QuantizedMatrix,
+        bias: torch.Tensor | None,
+        kernels: Kernels,
+        like: torch.Tensor,
+    ) -> None:
+        self.bias, self.kernels = bias, kernels
+        self.weight = matrix.dequantize().to(like.dtype)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.kernels.linear(x, self.weight, self.bias)
+
+
+class Int4Product(Part):
+    """The weights at 4 bits, dequantised in registers."""
+
+    def __init__(
+        self,
+        matrix: QuantizedMatrix,
+        bias: torch.Tensor | None,
+        kernels: Kernels,
+        like: torch.Tensor,
+    ) -> None:
+        from . import int4_matmul  # needs triton, which a CPU does not
+
+        self.bias, self.multiply = bias, int4_matmul.linear
+        self.weight = int4_matmul.pack_for_kernel(matrix)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.multiply(x, self.weight, self.bias)
+
+
+def linears_of(quantization: dict[str, Any] | None) -> LinearFactory:
+    """Plain matrices for an unquantised checkpoint, packed ones for one of this format."""
+    if quantization is None:
+        return plain_linears(None)
+    scheme = Scheme.from_checkpoint(quantization)
+
+    def make(
+        in_features: int,
+        out_features: int,
+        has_bias: bool,
+        kernels: Kernels,
+        like: torch.Tensor,
+    ) -> QuantizedLinear:
+        return QuantizedLinear(scheme, in_features, out_features, has_bias, kernels, like)
+
+    return make
