@@ -133,6 +133,18 @@ def test_swap_that_does_not_fit_changes_nothing() -> None:
     assert manager.swap_pool.num_used_blocks == 0
 
 
+def test_cleared_manager_knows_nobody_and_finds_nothing() -> None:
+    manager, (request, twin) = make_manager(), requests(2)
+    compute(manager, request, 5)
+    manager.publish([request])
+    assert manager.num_cached_blocks == {"r0": 1}
+    manager.clear()
+    assert manager.num_cached_blocks == manager.block_tables == {}
+    assert manager.num_free_blocks == 6
+    manager.share_cached(twin)
+    assert twin.num_computed_tokens == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

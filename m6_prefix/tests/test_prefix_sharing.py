@@ -222,6 +222,16 @@ def test_fork_has_nothing_left_to_publish_of_what_it_shares(monkeypatch) -> None
     assert scheduler.kv_cache_manager.block_tables == {"a": [0, 1, 2, 4], "b": [0, 1, 2]}
 
 
+def test_warm_prompt_has_nothing_left_to_publish_of_what_it_found(monkeypatch) -> None:
+    scheduler = make_scheduler()
+    run(scheduler, PROMPT[:12])
+    inserted: list[tuple] = []
+    cache = scheduler.kv_cache_manager.prefix_cache
+    monkeypatch.setattr(cache, "insert", noting(inserted, cache.insert))
+    assert run(scheduler, [*PROMPT[:9], 1, 2, 3]) == {"x": 3}
+    assert [(parent_id, block_id) for parent_id, _, block_id, _ in inserted] == [(1, 3)]
+
+
 def test_preempted_fork_finds_more_than_its_parents_prompt() -> None:
     scheduler = make_scheduler(num_blocks=16)
     add(scheduler, "a", PROMPT[:10], max_tokens=20)
@@ -362,6 +372,8 @@ def test_stats_tell_cached_idle_and_evicted_blocks() -> None:
     assert stats.num_idle_blocks == 2 == stats.num_free_blocks
     assert stats.num_evicted_blocks == 1
     assert stats.num_used_blocks == 6
+    stats = record(scheduler, scheduler.schedule()).stats
+    assert (stats.num_evicted_blocks, stats.num_prompt_tokens_looked_up) == (1, 0)
 
 
 # Salts, resets, no cache at all
