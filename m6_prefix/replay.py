@@ -1,7 +1,7 @@
 """What a prefix cache finds of a trace or a workload: scheduler and cache at work, and no model.
 
-python -m m6_prefix.replay mooncake:PATH --kv-cache-tokens 2.6M
-python -m m6_prefix.replay multi-turn:conversations=3,turns=3 --block-size 16 --draw
+python -m STAGE.replay mooncake:PATH --kv-cache-tokens 2.6M
+python -m STAGE.replay multi-turn:conversations=3,turns=3 --block-size 16 --draw
 """
 
 import argparse
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m m6_prefix.replay", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.replay", description=__doc__)
     add = parser.add_argument
     add("spec", help="mooncake:PATH, or any workload: few-shot, multi-turn:conversations=4, …")
     add("--num", type=int, help="only the first requests")

@@ -34,6 +34,7 @@ from .gptq import (
     round_to_nearest,
 )
 from .packing import PackedMatrix, pack_matrix, unpack_matrix
+from .quantized_linear import Scheme
 from .whole_sequences import Activations, embed, run_layer
 
 _STATE_FILE = "quantization_state.json"
@@ -262,9 +263,7 @@ def _write_index(job: Job) -> None:
         for name, tensor in load_file(file).items():
             weight_map[name] = file.name
             num_bytes += tensor.nbytes
-    for pattern in _COPIED:
-        for path in job.source.glob(pattern):
-            shutil.copyfile(path, job.target / path.name)
+    _copy_companions(job.source, job.target)
     settings = {
         **{name: value for name, value in asdict(job.config).items() if name != "mse"},
         "checkpoint_format": job.checkpoint_format,
@@ -277,3 +276,43 @@ def _write_index(job: Job) -> None:
     config = json.loads((job.source / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "gptq", **settings}
     write_json_atomically(job.target / "config.json", config)
+
+
+@torch.inference_mode()
+def dequantize_checkpoint(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Write the checkpoint that the quantised one stands for: what it must compute like.
+
+    ValueError if `source` is not quantised, or `target` holds anything.
+    """
+    config = ModelConfig.from_directory(source)
+    if config.quantization is None:
+        raise ValueError(f"{source} is not quantised; there is nothing to write out")
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty; give another output folder")
+    scheme = Scheme.from_checkpoint(config.quantization)
+    target.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, torch.Tensor] = {}
+    with Checkpoint(source) as checkpoint:
+        for name in checkpoint.names:
+            stem, _, kind = name.rpartition(".")
+            if kind == "qweight":
+                parts = (checkpoint.get(f"{stem}.{key}") for key in PackedMatrix._fields)
+                matrix = unpack_matrix(
+                    PackedMatrix(*parts), scheme.config.bits, scheme.checkpoint_format
+                )
+                tensors[f"{stem}.weight"] = matrix.dequantize().to(dtype)
+            elif kind not in PackedMatrix._fields:
+                tensors[name] = checkpoint.get(name).to(dtype)
+    _save(tensors, target / "model.safetensors")
+    _copy_companions(source, target)
+    published = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    del published["quantization_config"]
+    published["torch_dtype"] = str(dtype).removeprefix("torch.")
+    write_json_atomically(target / "config.json", published)
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    """Tokenizer and what else belongs to a checkpoint."""
+    for pattern in _COPIED:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, target / path.name)

@@ -6,14 +6,11 @@ from typing import Any, NamedTuple
 import torch
 
 from folovllm.kernels.selection import Kernels
-from folovllm.model.linear import LinearFactory, Part, Slice, plain_linears
+from folovllm.model.linear import INITIAL_STD, LinearFactory, Part, Slice, plain_linears
 from folovllm.setting_checks import is_int
 
 from .gptq import QuantizationConfig, QuantizedMatrix
 from .packing import V1, V2, PackedMatrix, unpack_matrix
-
-_RANDOM_STD = 0.02
-_SHARED = "g_idx"
 
 
 class Scheme(NamedTuple):
@@ -167,7 +164,7 @@ class QuantizedLinear(Part):
             device=device,
             generator=generator,
         )
-        scale = _RANDOM_STD / ((levels**2 - 1) / 12) ** 0.5
+        scale = INITIAL_STD / ((levels**2 - 1) / 12) ** 0.5
         shape = (num_groups, self.out_features)
         self._set_matrix(
             QuantizedMatrix(
@@ -227,8 +224,17 @@ def linears_of(quantization: dict[str, Any] | None) -> LinearFactory:
     """Plain matrices for an unquantised checkpoint, packed ones for one of this format."""
     if quantization is None:
         return plain_linears(None)
-    scheme = Scheme.from_checkpoint(quantization)
+    return _linears(Scheme.from_checkpoint(quantization))
 
+
+def random_linears_of(quantization: dict[str, Any] | None) -> LinearFactory:
+    """Packed matrices for random weights, of 4 bits where nothing else is said."""
+    if quantization is None:
+        return _linears(Scheme(QuantizationConfig(), V1))
+    return linears_of(quantization)
+
+
+def _linears(scheme: Scheme) -> LinearFactory:
     def make(
         in_features: int,
         out_features: int,

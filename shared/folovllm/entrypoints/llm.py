@@ -11,7 +11,7 @@ import torch
 from ..interfaces import Engine
 from ..memory import kv_cache_allocation
 from ..model.config import ModelConfig
-from ..model.linear import plain_linears
+from ..model.linear import LinearsOf, plain_linears
 from ..model.loader import load_model, resolve_model_directory
 from ..request import SamplingParams
 from ..text.tokenizer import Message, Tokenizer
@@ -56,7 +56,7 @@ class LLM:
 
     config_class: ClassVar[type[Any]]
     engine_class: ClassVar[Callable[..., Engine]]
-    linears: ClassVar[Callable[..., Any]] = staticmethod(plain_linears)
+    linears: LinearsOf = staticmethod(plain_linears)
     """What computes the matrices of the layers, see `LinearsOf`."""
 
     def __init__(

@@ -1,0 +1,111 @@
+"""What this stage has beside the commands of every stage: quantize, dequantize, perplexity."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from folovllm.cli.main import EXIT_INTERRUPTED, EXIT_USAGE
+from folovllm.cli.options import add_field_flags, given_fields
+from folovllm.model.config import ModelConfig
+from folovllm.model.loader import (
+    load_model,
+    resolve_device,
+    resolve_dtype,
+    resolve_model_directory,
+)
+from folovllm.text.tokenizer import Tokenizer
+
+from .calibration import calibration_tokens
+from .default_model import print_progress
+from .gptq import QuantizationConfig
+from .packing import V1, V2
+from .perplexity import perplexity
+from .quantize_model import Job, Method, dequantize_checkpoint, quantize_checkpoint
+from .quantized_linear import linears_of
+
+COMMANDS = ("quantize", "dequantize", "perplexity")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one of COMMANDS; a mistake of the user is one line and status 2."""
+    options = _parser().parse_args(argv)
+    try:
+        commands = {"quantize": _quantize, "dequantize": _dequantize, "perplexity": _perplexity}
+        commands[options.command](options)
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the next layer", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    quantize = commands.add_parser("quantize", help="write a quantised checkpoint")
+    quantize.add_argument("--method", type=Method, choices=list(Method), default=Method.GPTQ)
+    quantize.add_argument("--format", choices=[V1, V2], default=V1, help="as AutoGPTQ names it")
+    quantize.add_argument("--calibration", type=Path, help="a text; default: one of our own")
+    quantize.add_argument("--num-sequences", type=int, default=128, metavar="INT")
+    quantize.add_argument("--sequence-len", type=int, default=512, metavar="INT")
+    add_field_flags(quantize.add_argument_group("quantisation"), QuantizationConfig)
+    dequantize = commands.add_parser(
+        "dequantize", help="write the weights of a quantised checkpoint at 16 or 32 bits"
+    )
+    for command in (quantize, dequantize):
+        command.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    perplexity = commands.add_parser("perplexity", help="of any checkpoint on a text")
+    perplexity.add_argument("--text", type=Path, required=True, metavar="FILE")
+    perplexity.add_argument("--window", type=int, default=512, metavar="INT")
+    perplexity.add_argument("--num-windows", type=int, metavar="INT", help="default: all")
+    for command in commands.choices.values():
+        command.add_argument("--model", required=True, metavar="PATH|ID")
+        command.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
+        command.add_argument(
+            "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
+        )
+    return parser
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    source = resolve_model_directory(options.model)
+    device = resolve_device(options.device)
+    job = Job(
+        source=source,
+        target=options.output,
+        config=QuantizationConfig(**given_fields(options, QuantizationConfig)),
+        method=options.method,
+        checkpoint_format=options.format,
+        device=device,
+        dtype=resolve_dtype(options.dtype, ModelConfig.from_directory(source), device),
+    )
+    tokens = calibration_tokens(
+        Tokenizer(source), options.calibration, options.num_sequences, options.sequence_len
+    )
+    quantize_checkpoint(job, tokens, print_progress)
+    print(f"written to {options.output}")
+
+
+def _dequantize(options: argparse.Namespace) -> None:
+    source = resolve_model_directory(options.model)
+    dtype = resolve_dtype(options.dtype, ModelConfig.from_directory(source), torch.device("cpu"))
+    dequantize_checkpoint(source, options.output, dtype)
+    print(f"written to {options.output}")
+
+
+def _perplexity(options: argparse.Namespace) -> None:
+    source = resolve_model_directory(options.model)
+    token_ids = Tokenizer(source).encode(options.text.read_text(encoding="utf-8"))
+    model = load_model(source, device=options.device, dtype=options.dtype, linears=linears_of)
+
+    def report(done: int, total: int) -> None:
+        print(f"\rwindow {done}/{total}", end="", file=sys.stderr, flush=True)
+
+    value = perplexity(model, token_ids, options.window, options.num_windows, report)
+    print(file=sys.stderr)
+    print(f"perplexity {value:.3f}")
