@@ -3,8 +3,9 @@
 Every cache is full of NaN at the start, so that reading what nobody computed shows.
 """
 
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ import torch
 from folovllm.model.loader import load_model
 from folovllm.request import Request, SamplingParams
 from folovllm.testing.driver import check_idle, check_step, drain, make_requests, random_prompts
+from folovllm.testing.line_interrupts import LineInterrupt
 from folovllm.testing.toy_models import reference_greedy, toy_families, write_toy_model
-from m6_prefix import LLM
+from m6_prefix import LLM, kv_cache_manager, prefix_cache
 from m6_prefix.config import PreemptionMode
 from m6_prefix.engine import LLMEngine
 from m6_prefix.tests.invariants import check_blocks
@@ -201,23 +203,26 @@ def test_prompts_with_another_salt_find_nothing(toy_directory) -> None:
     assert llm.generate(ids, GREEDY, use_tqdm=False)[0].num_cached_tokens == 38
 
 
-def test_reset_that_is_interrupted_loses_no_block(toy_directory, monkeypatch) -> None:
-    llm = make_llm(toy_directory)
+def test_reset_that_is_interrupted_at_any_line_loses_no_block_and_no_token(model) -> None:
+    files = [str(module.__file__) for module in (kv_cache_manager, prefix_cache)]
     prompt = list(range(1, 40))
-    llm.generate(prompt, GREEDY, use_tqdm=False)
-    engine: Any = llm.engine
-    manager = engine.kv_cache_manager
-
-    class Broken(dict):
-        def clear(self) -> None:
-            raise KeyboardInterrupt
-
-    manager.num_cached_blocks = Broken()
-    with pytest.raises(KeyboardInterrupt):
-        engine.reset_prefix_cache()
-    assert manager.num_free_blocks == manager.pool.num_blocks
-    assert not manager.prefix_cache.nodes
-    assert llm.generate(prompt, GREEDY, use_tqdm=False)[0].num_cached_tokens == 0
+    for line_number in count(1):
+        engine = chunked_engine(model, async_scheduling=False)
+        first, second = make_requests([prompt, prompt], GREEDY)
+        drain(engine, [first])
+        engine.add_request(second)
+        engine.step()
+        interrupt = LineInterrupt(files, line_number)
+        with suppress(KeyboardInterrupt), interrupt:
+            engine.reset_prefix_cache()
+        check_blocks(engine)
+        drain(engine, [])
+        check_blocks(engine)
+        assert engine.kv_cache_manager.num_free_blocks == 80
+        assert second.output_token_ids == first.output_token_ids
+        if not interrupt.has_fired:
+            assert line_number > 5
+            break
 
 
 def test_cache_takes_all_the_memory_that_it_may_have(model) -> None:
