@@ -30,4 +30,5 @@ def calibration_tokens(
 
 def read_calibration_text() -> str:
     """This project's notes, which are ours to ship."""
-    return resources.files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8")
+    file = resources.files("folovllm").joinpath("data", "calibration.txt")
+    return file.read_text(encoding="utf-8")

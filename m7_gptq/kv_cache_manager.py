@@ -168,11 +168,11 @@ class KVCacheManager:
                 self._publish(request, num_cached)
 
     def _publish(self, request: Request, num_cached: int) -> None:
-        block_table = self.block_tables.get(request.request_id)
-        if block_table is None:
-            return  # aborted when its step was under way
         num_known_tokens = min(request.num_computed_tokens, len(request.token_ids))
         num_blocks = num_known_tokens // self.block_size
+        block_table = self.block_tables.get(request.request_id)
+        if num_blocks == num_cached or block_table is None:
+            return  # the last token is on its way; or it was aborted when its step was under way
         first, last = num_cached * self.block_size, num_blocks * self.block_size
         keys = split_blocks(token_bytes(request.token_ids[first:last]), self.block_size)
         for index, key in enumerate(keys, start=num_cached):

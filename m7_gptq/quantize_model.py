@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from folovllm.json_files import write_json_atomically
 from folovllm.kernels.selection import select_kernels
@@ -23,7 +22,14 @@ from folovllm.model.config import ModelConfig
 from folovllm.model.linear import Linear, Part
 from folovllm.model.rope import RotaryTable
 from folovllm.model.transformer import DecoderLayer
-from folovllm.model.weights import Checkpoint, layer_linears, layer_slices, layer_tensors
+from folovllm.model.weights import (
+    Checkpoint,
+    layer_linears,
+    layer_slices,
+    layer_tensors,
+    load_file,
+    save_safetensors,
+)
 
 from .gptq import (
     Hessian,
@@ -133,13 +139,15 @@ def quantize_checkpoint(
                     for name in layer_tensors(layer)
                     if not _is_matrix(name)
                 }
-                _save({**{prefix + n: t for n, t in tensors.items()}, **kept}, file)
+                save_safetensors({**{prefix + n: t for n, t in tensors.items()}, **kept}, file)
                 seconds = time.perf_counter() - start
                 state.add(LayerReport(layer_idx, config.num_layers, errors, seconds))
                 report(state.reports[-1])
             _run_in_place(layer, rope, activations)
         rest = [name for name in checkpoint.names if not name.startswith("model.layers.")]
-        _save({name: checkpoint.get(name) for name in rest}, job.target / "rest.safetensors")
+        save_safetensors(
+            {name: checkpoint.get(name) for name in rest}, job.target / "rest.safetensors"
+        )
     _write_index(job)
     state.remove()
     return state.reports
@@ -211,13 +219,6 @@ def _replace(layer: DecoderLayer, linears: dict[str, Any]) -> None:
 
 def _is_matrix(name: str) -> bool:
     return name.endswith("_proj.weight")
-
-
-def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(on_host, str(partial), metadata={"format": "pt"})
-    partial.replace(file)
 
 
 class _State:
@@ -303,7 +304,7 @@ def dequantize_checkpoint(source: Path, target: Path, dtype: torch.dtype) -> Non
                 tensors[f"{stem}.weight"] = matrix.dequantize().to(dtype)
             elif kind not in PackedMatrix._fields:
                 tensors[name] = checkpoint.get(name).to(dtype)
-    _save(tensors, target / "model.safetensors")
+    save_safetensors(tensors, target / "model.safetensors")
     _copy_companions(source, target)
     published = json.loads((source / "config.json").read_text(encoding="utf-8"))
     del published["quantization_config"]

@@ -1,7 +1,7 @@
 """Filling a CausalLM: published safetensors, streamed and strict, or random numbers from a seed."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .config import ModelConfig
 from .linear import INITIAL_STD, LinearLayer, Slice
@@ -94,6 +95,21 @@ def load_random(model: CausalLM, seed: int) -> None:
             member.fill_(1.0)
         else:
             member.normal_(0.0, INITIAL_STD, generator=generator)
+
+
+def save_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a file that is there whole or not at all; none of the tensors may share memory."""
+    partial = path.with_name(f".{path.name}.partial")
+    on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    # The format entry is what Transformers asks for before it opens a file.
+    save_file(on_host, str(partial), metadata={"format": "pt"})
+    partial.replace(path)
+
+
+def load_file(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of one file."""
+    with _open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def iter_safetensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
