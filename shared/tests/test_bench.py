@@ -169,6 +169,7 @@ def fake_llm(clock):
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
+        quantization=None,
         tie_word_embeddings=False,
     )
     model = SimpleNamespace(
