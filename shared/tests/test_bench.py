@@ -202,6 +202,16 @@ def test_every_request_gets_its_tokens_and_times():
     assert report["duration_s"] == pytest.approx(60 + STEP_S)
 
 
+def test_report_says_what_the_model_is_quantised_with():
+    clock = FakeClock()
+    llm = fake_llm(clock)
+    options = {"stage": "m9_fake", "ceilings": CEILINGS, "clock": clock}
+    assert run_benchmark(llm, WORKLOAD, **options)["model"]["quantization"] is None
+    llm.model.config.quantization = {"quant_method": "gptq", "bits": 4}
+    report = run_benchmark(llm, WORKLOAD, **options)
+    assert report["model"]["quantization"] == {"quant_method": "gptq", "bits": 4}
+
+
 def test_latencies_and_throughput_follow_from_the_times():
     report, _, _ = run()
     assert report["ttft_s"]["mean"] == pytest.approx(STEP_S * (1 + 1 + 3 + 1) / 4)
