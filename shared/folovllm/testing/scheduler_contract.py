@@ -132,13 +132,14 @@ class SchedulerContract:
             for name in names:
                 scheduler.add_request(make_request(name, 3))
             scheduler.schedule()
-            start = time.perf_counter()
+            start = time.process_time()
             for name in names:
                 scheduler.abort_request(name)
             assert not scheduler.waiting
-            return time.perf_counter() - start
+            return time.process_time() - start
 
-        few, many = (min(seconds_to_abort(n) for _ in range(3)) for n in (500, 10_000))
+        # Of this process alone: what else the machine does is not the scheduler's.
+        few, many = (min(seconds_to_abort(n) for _ in range(5)) for n in (500, 10_000))
         # 20 times as long if each abort is O(1), 400 times if it looks at all that wait.
         assert many < 120 * few
 
