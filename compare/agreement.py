@@ -5,20 +5,40 @@ from typing import Any
 
 from .results import Result, lookup
 
-MUST_AGREE = ("model.name", "model.dtype", "model.load_format", "seed", "device")
+MUST_AGREE = ("model.dtype", "model.load_format", "seed", "device")
 MUST_AGREE_IF_BOTH = ("engine_config.kv_cache_bytes", "engine_config.max_model_len")
 """Options that not every engine has, or that it derives itself when they are None."""
 
 
+def is_quantized(run: Result) -> bool:
+    """Whether its weights were of another format than those of most stages."""
+    return lookup(run, "model.quantization") is not None
+
+
+def has_random_weights(run: Result) -> bool:
+    return lookup(run, "model.load_format") == "dummy"
+
+
+def needs_reference(run: Result) -> bool:
+    """Whether its tokens can be compared only with those of its own checkpoint, dequantised."""
+    return is_quantized(run) and not has_random_weights(run)
+
+
 def setting_failures(who: str, run: Result, ref_name: str, reference: Result) -> list[str]:
     failures = []
-    for path in MUST_AGREE + MUST_AGREE_IF_BOTH:
+    for path in (_model_path(run, reference), *MUST_AGREE, *MUST_AGREE_IF_BOTH):
         mine, theirs = lookup(run, path), lookup(reference, path)
         if path in MUST_AGREE_IF_BOTH and (mine is None or theirs is None):
             continue
         if mine != theirs:
             failures.append(f"{who} ran with {path} = {mine!r}, {ref_name} with {theirs!r}")
     return failures
+
+
+def _model_path(run: Result, reference: Result) -> str:
+    """What tells whether two runs had the same model; a quantised one has a name of its own."""
+    is_other_checkpoint = needs_reference(run) != needs_reference(reference)
+    return "model.kv_bytes_per_token" if is_other_checkpoint else "model.name"
 
 
 def workload_failures(who: str, run: Result, ref_name: str, reference: Result) -> list[str]:

@@ -13,13 +13,17 @@ may be off by one neighbour. float16 gets four times that, because there what th
 matters more than the last rounding. Models of random weights have far smaller logits, hence the
 second bound: never more than the median gap of the reference, which a wrong engine exceeds at half
 of its first differences.
+
+A quantised model gives other tokens than the one it was made from. Each of its runs brings the
+tokens that it must give (`gate.reference`, made by `reference.py`) and is compared with these, by
+the same rules; its settings are compared with everybody's.
 """
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .agreement import setting_failures, workload_failures
+from .agreement import has_random_weights, is_quantized, setting_failures, workload_failures
 from .results import Result, lookup
 from .stages import is_ladder_stage, ladder_order
 
@@ -48,15 +52,27 @@ class _Finding:
     num_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class _Base:
+    """A run that others are compared with, and the stage that it is of."""
+
+    name: str
+    run: Result
+
+
 def check_gate(runs_by_stage: Mapping[str, Sequence[Result]]) -> GateReport:
     """Compare every run with the first run of the lowest stage, and a stage's runs with each other.
 
-    `runs_by_stage` maps a stage's name to its runs (one merged result is a list of one).
+    `runs_by_stage` maps a stage's name to its runs (one merged result is a list of one). Runs of
+    quantised models are compared with their own references.
     """
     names = sorted((name for name, runs in runs_by_stage.items() if runs), key=ladder_order)
     if not names:
         return GateReport(failures=("no run finished",), notes=(), num_tokens_compared=0)
-    reference = runs_by_stage[names[0]][0]
+    bases: dict[bool, _Base] = {}  # by whether the model is quantised; the lowest stage comes first
+    for name in names:
+        for run in runs_by_stage[name]:
+            bases.setdefault(is_quantized(run), _Base(name, run))
     failures: list[str] = []
     notes: list[str] = []
     num_tokens = 0
@@ -64,30 +80,52 @@ def check_gate(runs_by_stage: Mapping[str, Sequence[Result]]) -> GateReport:
         runs = runs_by_stage[name]
         failures += _repeat_failures(name, runs)
         for repeat, run in enumerate(runs):
-            if run is reference:
-                continue
             who = f"{name} (repeat {repeat + 1})" if len(runs) > 1 else name
-            finding = _compare(who, run, names[0], reference)
+            finding = _check_run(who, run, bases)
             failures += finding.failures
             notes += [note for note in finding.notes if note not in notes]
             num_tokens += finding.num_tokens
-    if len(names) == 1:
-        notes.append(f"{names[0]} is alone: nothing to compare its tokens with")
+    plain = [name for name in names if not all(map(is_quantized, runs_by_stage[name]))]
+    if len(plain) == 1:
+        notes.append(f"{plain[0]} is alone: nothing to compare its tokens with")
     return GateReport(failures=tuple(failures), notes=tuple(notes), num_tokens_compared=num_tokens)
 
 
-def _compare(who: str, run: Result, ref_name: str, reference: Result) -> _Finding:
-    finding = _Finding(
-        failures=setting_failures(who, run, ref_name, reference)
-        + workload_failures(who, run, ref_name, reference),
-        notes=[],
-    )
-    if finding.failures:
-        return finding
-    reason = lookup(run, "gate.not_comparable") or lookup(reference, "gate.not_comparable")
-    if reason is not None and not (is_ladder_stage(run["stage"]) and is_ladder_stage(ref_name)):
+def _check_run(who: str, run: Result, bases: Mapping[bool, _Base]) -> _Finding:
+    """Settings against the lowest stage and the lowest with such a model, then tokens."""
+    own = bases[is_quantized(run)]
+    failures: dict[str, None] = {}  # in order, each once
+    for base in (next(iter(bases.values())), own):
+        if base.run is not run:
+            failures |= dict.fromkeys(setting_failures(who, run, base.name, base.run))
+            failures |= dict.fromkeys(workload_failures(who, run, base.name, base.run))
+    if failures:
+        return _Finding(list(failures), [])
+    reason = lookup(run, "gate.not_comparable") or lookup(own.run, "gate.not_comparable")
+    if reason is not None and not (is_ladder_stage(run["stage"]) and is_ladder_stage(own.name)):
+        is_told = own.run is not run or is_quantized(run)
+        return _Finding([], [f"{run['stage']}: tokens not compared ({reason})"] if is_told else [])
+    if is_quantized(run):
+        return _compare_with_own_reference(who, run)
+    return _Finding([], []) if own.run is run else _compare_tokens(who, run, own.name, own.run)
+
+
+def _compare_with_own_reference(who: str, run: Result) -> _Finding:
+    if has_random_weights(run):
+        reason = "random quantised weights, which no other stage can have"
         return _Finding([], [f"{run['stage']}: tokens not compared ({reason})"])
-    return _compare_tokens(who, run, ref_name, reference)
+    reference = lookup(run, "gate.reference")
+    if reference is None:
+        return _Finding(
+            [
+                f"{who} ran a quantised model and brings no tokens of the first stage on its "
+                f"dequantised checkpoint (gate.reference); measure it with `python -m compare "
+                f"run`, which makes them"
+            ],
+            [],
+        )
+    ref_name = f"{reference.get('stage')} on the dequantised checkpoint"
+    return _compare_tokens(who, run, ref_name, {"gate": reference})
 
 
 def _compare_tokens(who: str, run: Result, ref_name: str, reference: Result) -> _Finding:

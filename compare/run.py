@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from .gate import check_gate
 from .profiles import Profile, choose_profile
 from .publish import print_charts, print_gate, print_tables, store_runs
+from .reference import add_references
 from .results import Result, workload_slug
 from .runner import FailedRun, FinishedRun, Outcome, RunSettings, new_runs_folder, run_stages
 from .stages import Stage, discover_stages, select_stages
@@ -32,7 +33,8 @@ def measure(options: argparse.Namespace, extra: Sequence[str]) -> tuple[list[Out
     if options.runs_per_process < 1:
         raise ValueError(f"--runs-per-process must be at least 1, got {options.runs_per_process}")
     names = options.stages.split(",") if options.stages else None
-    stages = select_stages(discover_stages(options.root), names)
+    found = discover_stages(options.root)
+    stages = select_stages(found, names)
     if not stages:
         raise ValueError(f"no stage folder (m1_… to m7_…) under {options.root.absolute()}")
     settings = _settings(options, extra, profile, stages)
@@ -41,8 +43,12 @@ def measure(options: argparse.Namespace, extra: Sequence[str]) -> tuple[list[Out
         f"raw runs in {settings.runs_folder}",
         flush=True,
     )
-    outcomes = run_stages(stages, repeats, settings, report=lambda text: print(text, flush=True))
-    return outcomes, settings
+    outcomes = run_stages(stages, repeats, settings, report=_say)
+    return add_references(outcomes, settings, found, report=_say), settings
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _settings(

@@ -1,13 +1,12 @@
 """Run each stage's own benchmark in a fresh process, in turns, and collect the JSON files."""
 
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .processes import log_tail, run_process
 from .results import Result, lookup, read_json
 from .stages import Stage
 
@@ -15,7 +14,6 @@ EXIT_NOT_INSTALLED = 3
 """A peer ends with this when its engine cannot be imported."""
 EXIT_REFUSED = 2
 """A stage ends with this when it cannot do what was asked for; asking again changes nothing."""
-STDERR_TAIL_LINES = 25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +80,18 @@ def plan_runs(stages: Sequence[Stage], repeats: int) -> list[tuple[Stage, int]]:
 
 def bench_command(stage: Stage, settings: RunSettings, output: Path) -> list[str]:
     """The command line of one run of one stage."""
-    command = [sys.executable, "-m", stage.module, "bench"]
     workload = settings.stage_workloads.get(stage.name, settings.workload)
     options = {**settings.common, "workload": workload, "output": str(output)}
     options |= {name: value for name, value in settings.engine.items() if name in stage.options}
     options |= settings.stage_engine.get(stage.name, {})
     if settings.runs_per_process > 1 and not stage.is_peer:
         options["runs"] = str(settings.runs_per_process)
+    return stage_command(stage, "bench", options)
+
+
+def stage_command(stage: Stage, name_of_command: str, options: Mapping[str, str]) -> list[str]:
+    """`python -m m2_batching bench --seed 0 …`."""
+    command = [sys.executable, "-m", stage.module, name_of_command]
     for name, value in options.items():
         flag = name.replace("_", "-")
         if name in stage.switches:
@@ -136,26 +139,11 @@ def run_once(stage: Stage, repeat: int, settings: RunSettings) -> list[Outcome]:
     settings.runs_folder.mkdir(parents=True, exist_ok=True)
     output = settings.runs_folder.absolute() / f"{stage.name}.{repeat + 1}.json"
     log_file = output.with_suffix(".stderr.txt")
-    reason = None
-    with log_file.open("w", encoding="utf-8") as log:
-        try:
-            status = subprocess.run(
-                bench_command(stage, settings, output),
-                cwd=settings.root,
-                env=_environment(settings.root),
-                stdin=subprocess.DEVNULL,
-                stdout=log,  # what it prints for people; the numbers are in the JSON
-                stderr=subprocess.STDOUT,
-                timeout=settings.timeout_s,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status, reason = None, f"no result after {settings.timeout_s:g} s (--timeout)"
-    tail = _tail(log_file)
-    if status == EXIT_NOT_INSTALLED and stage.is_peer:
+    command = bench_command(stage, settings, output)
+    ended = run_process(command, settings.root, settings.timeout_s, log_file)
+    tail, reason = log_tail(log_file), ended.failure
+    if ended.status == EXIT_NOT_INSTALLED and stage.is_peer:
         return [SkippedStage(stage=stage.name, reason=tail.strip().rpartition("\n")[2])]
-    if status:
-        reason = f"exit status {status}"
     if reason is None:
         try:
             return [
@@ -165,7 +153,7 @@ def run_once(stage: Stage, repeat: int, settings: RunSettings) -> list[Outcome]:
         except ValueError as error:
             reason = str(error)
     failed = FailedRun(
-        stage=stage.name, repeat=repeat, reason=reason, stderr_tail=tail, exit_status=status
+        stage=stage.name, repeat=repeat, reason=reason, stderr_tail=tail, exit_status=ended.status
     )
     return [failed]
 
@@ -175,19 +163,6 @@ def _run_files(stage: Stage, settings: RunSettings, output: Path) -> list[Path]:
     num_runs = 1 if stage.is_peer else settings.runs_per_process
     further = [output.with_suffix(f".run{run}.json") for run in range(2, num_runs + 1)]
     return [output, *further]
-
-
-def _environment(root: Path) -> dict[str, str]:
-    """This process's environment with the bare checkout on the Python path."""
-    places = [str(path) for path in (root, root / "shared") if path.is_dir()]
-    inherited = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join(places + ([inherited] if inherited else []))
-    return {**os.environ, "PYTHONPATH": path}
-
-
-def _tail(log_file: Path) -> str:
-    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(f"    {line}" for line in lines[-STDERR_TAIL_LINES:])
 
 
 def new_runs_folder(results: Path) -> Path:

@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Sequence
 
+from .agreement import has_random_weights, is_quantized
 from .columns import PREFIX_MARK, make_rows, table_cells, tables_of
 from .results import Result, lookup
 
@@ -45,7 +46,21 @@ def footnotes(results: Sequence[Result]) -> list[str]:
         reason = lookup(row.result, "gate.not_comparable")
         if reason is not None:
             notes.append(f"{row.result['stage']}: its tokens were not compared ({reason}).")
+        elif is_quantized(row.result):
+            notes.append(_quantized_line(row.result))
     return notes
+
+
+def _quantized_line(result: Result) -> str:
+    """What a row with a quantised model ran, and what its tokens were compared with."""
+    model = result["model"]
+    settings = model["quantization"]
+    bits = f" to {settings['bits']} bits" if "bits" in settings else ""
+    told = f"{result['stage']} ran {model_label(str(model['name']))}, quantised{bits}"
+    if has_random_weights(result):
+        return f"{told}, with random weights of its own; its tokens were not compared."
+    stage = lookup(result, "gate.reference.stage")
+    return f"{told}; its tokens were compared with those of {stage} on these weights, dequantised."
 
 
 def setting_line(result: Result) -> str:

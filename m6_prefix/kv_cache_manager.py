@@ -188,6 +188,19 @@ class KVCacheManager:
         self.block_tables[request.request_id] = block_table
         self.num_cached_blocks[request.request_id] = num_blocks
 
+    def publish_end(self, request: Request) -> None:
+        """Make all findable that a request has computed which has ended, to its last token."""
+        self.publish([request])
+        block_table = self.block_tables.get(request.request_id)
+        index = self.num_cached_blocks.get(request.request_id, 0)
+        num_known_tokens = min(request.num_computed_tokens, len(request.token_ids))
+        end = request.token_ids[index * self.block_size : num_known_tokens]
+        if self.is_caching and block_table is not None and end:
+            parent_id = block_table[index - 1] if index else None
+            self.prefix_cache.insert_end(
+                parent_id, token_bytes(end), block_table[index], request.cache_salt
+            )
+
     def note_admission(self, request: Request) -> None:
         """Count a prompt and what was found of it: once, and not for those who fork from it."""
         if self.is_caching and request.num_cached_tokens is None and request.fork_of is None:

@@ -36,7 +36,7 @@ class Match(NamedTuple):
 
 
 class Node:
-    """A block of tokens behind those of its ancestors.
+    """A block of tokens behind those of its ancestors; one that is not full has no children.
 
     Children are found by the hash of their tokens and then compared, which is what a dict does:
     no collision, by chance or on purpose, hands out keys and values of other tokens.
@@ -101,18 +101,19 @@ class PrefixCache:
     def match(self, tokens: bytes, salt: str | None) -> Match:
         """The longest cached prefix of `tokens`, to the token. Changes nothing."""
         block_ids: list[int] = []
+        num_bytes = self.block_size * TOKEN_BYTES
         node = self.root.children.get(_salt_key(salt))
         if node is None:
             return Match(block_ids, 0)
         for key in split_blocks(tokens, self.block_size):
             child = node.children.get(key)
-            if child is None or child.block_id is None:
+            if child is None or child.block_id is None or len(key) < num_bytes:
                 break
             node = child
             block_ids.append(child.block_id)
         num_tokens = len(block_ids) * self.block_size
         start = num_tokens * TOKEN_BYTES
-        rest = tokens[start : start + self.block_size * TOKEN_BYTES]
+        rest = tokens[start : start + num_bytes]
         closest = node.closest(rest)
         if closest is not None and closest.block_id is not None:
             num_common_tokens = _num_common_tokens(closest.key, rest)
@@ -135,6 +136,18 @@ class PrefixCache:
             raise RuntimeError(f"block {block_id} is cached for other tokens")
         self.nodes[block_id] = parent.add(key, block_id)
         return block_id
+
+    def insert_end(
+        self, parent_id: int | None, key: bytes, block_id: int, salt: str | None
+    ) -> None:
+        """Make the last block of a sequence findable, full or not.
+
+        Nothing changes if its tokens can be found already, as the beginning of another block.
+        """
+        parent = self._salt_node(salt) if parent_id is None else self.nodes[parent_id]
+        closest = parent.closest(key)
+        if closest is None or not closest.key.startswith(key):
+            self.nodes[block_id] = parent.add(key, block_id)
 
     def acquire(self, block_id: int) -> None:
         """Somebody holds an idle block again."""

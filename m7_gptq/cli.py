@@ -19,7 +19,7 @@ from folovllm.model.loader import (
 from folovllm.text.tokenizer import Tokenizer
 
 from .calibration import calibration_tokens
-from .default_model import print_progress
+from .default_model import print_progress, quantized_default_model
 from .gptq import QuantizationConfig
 from .packing import V1, V2
 from .perplexity import perplexity
@@ -64,7 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     perplexity.add_argument("--window", type=int, default=512, metavar="INT")
     perplexity.add_argument("--num-windows", type=int, metavar="INT", help="default: all")
     for command in commands.choices.values():
-        command.add_argument("--model", required=True, metavar="PATH|ID")
+        command.add_argument(
+            "--model",
+            required=command is not dequantize,
+            metavar="PATH|ID",
+            help="default of dequantize: the embedded model at 4 bits",
+        )
         command.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
         command.add_argument(
             "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
@@ -92,7 +97,7 @@ def _quantize(options: argparse.Namespace) -> None:
 
 
 def _dequantize(options: argparse.Namespace) -> None:
-    source = resolve_model_directory(options.model)
+    source = resolve_model_directory(options.model or quantized_default_model())
     dtype = resolve_dtype(options.dtype, ModelConfig.from_directory(source), torch.device("cpu"))
     dequantize_checkpoint(source, options.output, dtype)
     print(f"written to {options.output}")

@@ -1,5 +1,6 @@
 """`LLM` over this stage's engine, with quantised matrices where the checkpoint has them."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from folovllm.entrypoints.llm import LLM as BaseLLM
 from .config import EngineConfig
 from .default_model import quantized_default_model
 from .engine import LLMEngine
+from .gptq import QuantizationConfig
 from .quantized_linear import linears_of, random_linears_of
 
 
@@ -31,3 +33,7 @@ class LLM(BaseLLM):
         elif model is None:
             model = quantized_default_model()
         super().__init__(model, load_format=load_format, **options)
+        config = self.model.config
+        if load_format == "dummy" and config.quantization is None:  # say what was drawn
+            drawn = {"quant_method": "gptq", **asdict(QuantizationConfig())}
+            self.model.config = replace(config, quantization=drawn)

@@ -142,8 +142,12 @@ class Replay:
         self.counts["num_requests"] += 1
         self.counts["num_prompt_tokens"] += request.num_prompt_tokens
         self.counts["num_found_tokens"] += num_found_tokens
-        self.counts["num_prompt_blocks"] += -(-request.num_prompt_tokens // self.block_size)
-        self.counts["num_found_blocks"] += num_found_tokens // self.block_size
+        num_blocks = -(-request.num_prompt_tokens // self.block_size)
+        self.counts["num_prompt_blocks"] += num_blocks
+        # Of a prompt that is found whole, a token is left to compute, and no block to find.
+        is_whole = num_found_tokens == request.num_prompt_tokens - 1
+        num_found_blocks = num_found_tokens // self.block_size
+        self.counts["num_found_blocks"] += num_blocks if is_whole else num_found_blocks
 
     def report(self) -> dict[str, Any]:
         """What was found and what it took, for JSON."""

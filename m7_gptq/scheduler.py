@@ -278,8 +278,8 @@ class Scheduler:
             tokens.append(TokenOutput(request.request_id, token_id, finish_reason, logprobs))
             if finish_reason is not None:
                 finished.append((request, status))
-        self.kv_cache_manager.publish([request for request, _ in finished])
         for request, status in finished:
+            self.kv_cache_manager.publish_end(request)
             del self.requests[request.request_id]
             self.kv_cache_manager.free(request)
             self._queue_of(status).remove(request)

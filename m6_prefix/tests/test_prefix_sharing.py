@@ -65,9 +65,8 @@ def nodes(scheduler: Scheduler) -> int:
 def test_prompt_that_is_cached_whole_computes_its_last_token(length: int) -> None:
     scheduler = make_scheduler()
     assert run(scheduler, PROMPT[:length]) == {"x": length}
-    num_left = length % 4 or 1  # the end of a prompt that fills no block is not cached
-    assert run(scheduler, PROMPT[:length]) == {"x": num_left}
-    assert run(scheduler, PROMPT[:length]) == {"x": num_left}
+    assert run(scheduler, PROMPT[:length]) == {"x": 1}
+    assert run(scheduler, PROMPT[:length]) == {"x": 1}
 
 
 @pytest.mark.parametrize("num_common", range(1, 13))
@@ -97,10 +96,51 @@ def test_next_turn_finds_the_answer_before_it(prompt_len: int) -> None:
     run(scheduler, PROMPT[:prompt_len], max_tokens=6)
     answer = [7] * 6
     # The keys and values of the last token were never computed.
-    num_cached = (prompt_len + 5) // 4 * 4
-    assert run(scheduler, [*PROMPT[:prompt_len], *answer, 1, 2, 3]) == {
-        "x": prompt_len + 9 - num_cached
-    }
+    assert run(scheduler, [*PROMPT[:prompt_len], *answer, 1, 2, 3]) == {"x": 4}
+
+
+def test_end_of_a_request_is_kept_once_and_only_where_it_is_no_beginning_of_a_block() -> None:
+    scheduler = make_scheduler()
+    run(scheduler, PROMPT[:6])
+    assert nodes(scheduler) == 2
+    run(scheduler, PROMPT[:6])  # the same end
+    run(scheduler, PROMPT[:5])  # a beginning of that end
+    assert nodes(scheduler) == 2
+    run(scheduler, PROMPT[:8])  # a full block, of which the end is a beginning
+    assert nodes(scheduler) == 3
+    run(scheduler, PROMPT[:7])  # a beginning of the block
+    assert nodes(scheduler) == 3
+    run(scheduler, [*PROMPT[:5], 1])
+    assert nodes(scheduler) == 4
+    assert run(scheduler, [*PROMPT[:5], 1, 2]) == {"x": 1}
+
+
+@pytest.mark.parametrize("prompt_len", [1, 3, 7])
+def test_ends_are_found_with_their_own_salt_only(prompt_len: int) -> None:
+    scheduler = make_scheduler(num_blocks=30)
+    for salt in (None, "a", "b"):
+        assert run(scheduler, PROMPT[:prompt_len], cache_salt=salt) == {"x": prompt_len}
+        assert run(scheduler, PROMPT[:prompt_len], cache_salt=salt) == {"x": 1}
+
+
+def test_request_that_ends_after_a_reset_is_found_from_its_beginning_to_its_end() -> None:
+    scheduler = make_scheduler(num_blocks=16)
+    add(scheduler, "a", PROMPT[:14], max_tokens=1)
+    output = scheduler.schedule()
+    stats = scheduler.advance(output)
+    scheduler.kv_cache_manager.reset_prefix_cache()
+    scheduler.update(output, SamplerOutput([7], [None]), stats)
+    assert nodes(scheduler) == 4
+    check_bookkeeping(scheduler, ChunkedProgress())
+    assert run(scheduler, PROMPT[:15]) == {"x": 1}
+
+
+def test_end_of_another_length_than_a_block_is_no_block() -> None:
+    scheduler = make_scheduler()
+    run(scheduler, PROMPT[:6])
+    # All of the end, and nothing behind it: two tokens of the block are found, not four.
+    assert run(scheduler, [*PROMPT[:6], 1]) == {"x": 1}
+    assert run(scheduler, [*PROMPT[:6], 2, 3, 4, 5]) == {"x": 4}
 
 
 def test_prompt_that_the_whole_cache_holds_needs_no_block_for_its_copy() -> None:
@@ -367,10 +407,10 @@ def test_stats_tell_cached_idle_and_evicted_blocks() -> None:
     run(scheduler, PROMPT[:17])
     add(scheduler, "a", [*PROMPT[:4], *[1] * 20], max_tokens=2)
     stats = record(scheduler, scheduler.schedule()).stats
-    # 1 block is found; 4 are free and 3 idle; the new ones hold 5 blocks and 1 token.
+    # 1 block is found; 3 are free and 4 idle; the new ones hold 5 blocks.
     assert stats.num_cached_blocks == 1 + 5 + 2
     assert stats.num_idle_blocks == 2 == stats.num_free_blocks
-    assert stats.num_evicted_blocks == 1
+    assert stats.num_evicted_blocks == 2
     assert stats.num_used_blocks == 6
     stats = record(scheduler, scheduler.schedule()).stats
     assert (stats.num_evicted_blocks, stats.num_prompt_tokens_looked_up) == (1, 0)

@@ -169,6 +169,7 @@ def fake_llm(clock):
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
+        quantization=None,
         tie_word_embeddings=False,
     )
     model = SimpleNamespace(
@@ -199,6 +200,16 @@ def test_every_request_gets_its_tokens_and_times():
     assert rows["r2"]["first_token_s"] == pytest.approx(3 * STEP_S)
     assert rows["r3"]["first_token_s"] == pytest.approx(60 + STEP_S)
     assert report["duration_s"] == pytest.approx(60 + STEP_S)
+
+
+def test_report_says_what_the_model_is_quantised_with():
+    clock = FakeClock()
+    llm = fake_llm(clock)
+    options = {"stage": "m9_fake", "ceilings": CEILINGS, "clock": clock}
+    assert run_benchmark(llm, WORKLOAD, **options)["model"]["quantization"] is None
+    llm.model.config.quantization = {"quant_method": "gptq", "bits": 4}
+    report = run_benchmark(llm, WORKLOAD, **options)
+    assert report["model"]["quantization"] == {"quant_method": "gptq", "bits": 4}
 
 
 def test_latencies_and_throughput_follow_from_the_times():

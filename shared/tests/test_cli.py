@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 
@@ -371,6 +372,7 @@ def test_bench_writes_the_result_and_prints_a_table(run, benchmark_calls, tmp_pa
     assert kwargs["stage"] == type(llm).__module__.partition(".")[0]
     assert (kwargs["seed"], kwargs["gate_requests"], kwargs["gate_tokens"]) == (5, 1, 2)
     assert kwargs["warmup_tokens"] == 3 and kwargs["load_format"] == "auto"
+    assert kwargs["model_name"] == Path(llm.model_path).name
 
 
 def test_bench_writes_a_file_for_each_of_several_runs(run, benchmark_calls, tmp_path):

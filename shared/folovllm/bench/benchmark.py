@@ -151,6 +151,7 @@ def _describe_model(
     return {
         "name": model_name,
         "load_format": load_format,
+        "quantization": model.config.quantization,
         "dtype": str(model.dtype).removeprefix("torch."),
         "num_parameters": model.num_parameters,
         "weight_bytes": model.num_parameter_bytes,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.summary import format_summary
-from ..entrypoints.llm import DEFAULT_MODEL, LLM
+from ..entrypoints.llm import LLM
 from ..json_files import write_json_atomically
 
 _COLUMNS = ("steps", "requests", "gate", "block_map")
@@ -67,7 +67,7 @@ def run_bench(llm: LLM, stage: str, arguments: argparse.Namespace) -> None:
             gate_requests=arguments.gate_requests,
             gate_tokens=arguments.gate_tokens,
             warmup_tokens=arguments.warmup_tokens,
-            model_name=Path(arguments.model or DEFAULT_MODEL).name,
+            model_name=Path(arguments.model or llm.model_path).name,
             load_format=arguments.load_format,
         )
         _publish({**result, "runs_in_process": arguments.runs}, arguments.output, run)

@@ -84,7 +84,8 @@ class LLM:
         model = _default_model() if model is None else model
         if load_format != "dummy":
             model = resolve_model_directory(model)
-        self._model_path = model
+        self.model_path = model
+        """The directory, or a preset's name."""
         _check_config(model)  # first: a tokenizer's reader would blame the tokenizer for it
         self.tokenizer = _load_tokenizer(model, tokenizer)
         self.model = load_model(
@@ -211,7 +212,7 @@ class LLM:
 
         ValueError if one of them is nothing that this engine can follow.
         """
-        return default_sampling_params(self._model_path)
+        return default_sampling_params(self.model_path)
 
     def _params_or_default(
         self, sampling_params: SamplingParams | Sequence[SamplingParams] | None

@@ -121,6 +121,8 @@ def check_prefix_cache(manager: Any, running: list[Request]) -> None:
                 continue
             num_nodes += 1
             assert cache.nodes[child.block_id] is child
+            assert 0 < len(key) <= 4 * manager.block_size
+            assert len(key) == 4 * manager.block_size or not child.children
             if node.block_id in ages:
                 assert ages[child.block_id] < ages[node.block_id], "to be evicted before its end"
     assert num_nodes == len(cache.nodes)
