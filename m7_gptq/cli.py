@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     quantize = commands.add_parser("quantize", help="write a quantised checkpoint")
-    quantize.add_argument("--method", type=Method, choices=list(Method), default=Method.GPTQ)
+    quantize.add_argument("--method", choices=[method.value for method in Method], default="gptq")
     quantize.add_argument("--format", choices=[V1, V2], default=V1, help="as AutoGPTQ names it")
     quantize.add_argument("--calibration", type=Path, help="a text; default: one of our own")
     quantize.add_argument("--num-sequences", type=int, default=128, metavar="INT")
@@ -84,7 +84,7 @@ def _quantize(options: argparse.Namespace) -> None:
         source=source,
         target=options.output,
         config=QuantizationConfig(**given_fields(options, QuantizationConfig)),
-        method=options.method,
+        method=Method(options.method),
         checkpoint_format=options.format,
         device=device,
         dtype=resolve_dtype(options.dtype, ModelConfig.from_directory(source), device),

@@ -177,7 +177,7 @@ def _rows_kernel(
             x = tl.load(x_ptrs + start, mask=is_row[None, :], other=0.0)
             # Whole numbers of at most 15: exact at 16 bits.
             weight = _nibbles(words, 4 * nibble, zeros[:, None]).to(x.dtype)
-            acc += scales[:, None] * tl.dot(weight, x)
+            acc += scales[:, None] * tl.dot(weight, x, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)[:, None]
     out_ptrs = out_ptr + rows.to(tl.int64)[None, :] * num_outputs + outputs[:, None]
