@@ -22,9 +22,9 @@ from m7_gptq.gptq import (  # noqa: E402
 )
 
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
-DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if HAS_CUDA else [])
+DTYPES = [torch.float16] + ([torch.bfloat16, torch.float32] if HAS_CUDA else [])
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-SHAPES = [(64, 8), (256, 33), (1024, 40), (576, 24), (2304, 16)]
+SHAPES = [(64, 8), (256, 33), (1024, 40), (576, 24)]
 
 
 def quantized(num_inputs, num_outputs, **options) -> QuantizedMatrix:
@@ -56,14 +56,14 @@ def check(matrix: QuantizedMatrix, num_rows: int, dtype: torch.dtype, bias=None)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_inputs", "num_outputs"), SHAPES)
-@pytest.mark.parametrize("num_rows", [1, 2, 16, 17, 65])
+@pytest.mark.parametrize("num_rows", [1, 2, 17, 65])
 def test_product_equals_that_of_the_dequantised_weights(
     num_rows, num_inputs, num_outputs, dtype
 ) -> None:
     check(quantized(num_inputs, num_outputs, group_size=128, sym=False), num_rows, dtype)
 
 
-@pytest.mark.parametrize("group_size", [8, 32, 64, 128, -1])
+@pytest.mark.parametrize("group_size", [8, 32, 128, -1])
 @pytest.mark.parametrize("desc_act", [False, True])
 @pytest.mark.parametrize("sym", [True, False])
 def test_groups_of_every_size_and_act_order(group_size, desc_act, sym) -> None:
