@@ -37,7 +37,7 @@ class FixedChunks:
 
 
 class StepCost(NamedTuple):
-    """What steps of one length cost, in seconds, as `step_costs.measure_step_costs` found."""
+    """What steps of one length cost, in seconds, as `step_costs.measure_chunk_sizes` found."""
 
     num_tokens: int
     step_s: float
