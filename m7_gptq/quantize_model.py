@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -173,15 +173,11 @@ def _quantize_layer(
             matrix = round_to_nearest(linear.weight, job.config)
         errors[name] = relative_error(linear.weight, matrix, hessian)
         linear.weight.copy_(matrix.dequantize())
-        start = 0
-        for part, num_outputs in layer_slices(layer.self_attn.config)[name]:
-            rows = slice(start, start + num_outputs)
-            start += num_outputs
+        for path, rows in _published_rows(layer, name):
             own = QuantizedMatrix(
                 matrix.q[rows], matrix.scales[:, rows], matrix.zeros[:, rows], matrix.g_idx
             )
             packed = pack_matrix(own, job.config.bits, job.checkpoint_format)
-            path = f"{name.rpartition('.')[0]}.{part}"
             # Copies: what shares memory cannot stand in one file.
             tensors |= {f"{path}.{key}": value.clone() for key, value in packed._asdict().items()}
     return tensors, errors
@@ -190,13 +186,18 @@ def _quantize_layer(
 def _restore(layer: DecoderLayer, tensors: dict[str, torch.Tensor], prefix: str, job: Job) -> None:
     """Put the weights that an earlier run quantised into the layer."""
     for name, linear in _plain_linears(layer).items():
-        start = 0
-        for part, num_outputs in layer_slices(layer.self_attn.config)[name]:
-            path = f"{prefix}{name.rpartition('.')[0]}.{part}."
-            packed = PackedMatrix(*(tensors[path + key] for key in PackedMatrix._fields))
-            matrix = unpack_matrix(packed, job.config.bits, job.checkpoint_format)
-            linear.weight[start : start + num_outputs].copy_(matrix.dequantize())
-            start += num_outputs
+        for path, rows in _published_rows(layer, name):
+            parts = (tensors[f"{prefix}{path}.{key}"] for key in PackedMatrix._fields)
+            matrix = unpack_matrix(PackedMatrix(*parts), job.config.bits, job.checkpoint_format)
+            linear.weight[rows].copy_(matrix.dequantize())
+
+
+def _published_rows(layer: DecoderLayer, name: str) -> Iterator[tuple[str, slice]]:
+    """The matrices that a checkpoint has for one of the layer's: their names, and their rows."""
+    start = 0
+    for part, num_outputs in layer_slices(layer.self_attn.config)[name]:
+        yield f"{name.rpartition('.')[0]}.{part}", slice(start, start + num_outputs)
+        start += num_outputs
 
 
 def _run_in_place(layer: DecoderLayer, rope: RotaryTable, activations: Activations) -> None:
