@@ -91,6 +91,7 @@ class QuantizedLinear(Part):
 
     def targets(self, slices: Sequence[Slice]) -> dict[str, torch.Tensor]:
         self.packed = self._empty(len(slices))
+        biases = self.packed["bias"] if self.bias is None else self.bias
         per_word = 32 // self.scheme.config.bits if 32 % self.scheme.config.bits == 0 else 32
         targets: dict[str, torch.Tensor] = {}
         start = 0
@@ -106,10 +107,17 @@ class QuantizedLinear(Part):
             targets[f"{name}.qzeros"] = self.packed["qzeros"][:, words]
             targets[f"{name}.scales"] = self.packed["scales"][:, start:end]
             targets[f"{name}.g_idx"] = self.packed["g_idx"][index]
-            if self.bias is not None:
-                targets[f"{name}.bias"] = self.bias[start:end]
+            targets[f"{name}.bias"] = biases[start:end]
             start = end
         return targets
+
+    def optional(self, slices: Sequence[Slice]) -> frozenset[str]:
+        """Groups where they are neighbours; biases where the model has none (AutoGPTQ writes zeros
+        for every matrix)."""
+        kinds = {"bias"} if self.bias is None else set()
+        if not self.scheme.config.desc_act:
+            kinds.add("g_idx")
+        return frozenset(f"{name}.{kind}" for name, _ in slices for kind in kinds)
 
     def _empty(self, num_slices: int) -> dict[str, torch.Tensor]:
         config, device = self.scheme.config, self.like.device
@@ -118,17 +126,32 @@ class QuantizedLinear(Part):
             "qweight": (self.in_features * config.bits // 32, self.out_features),
             "qzeros": (num_groups, self.out_features * config.bits // 32),
             "scales": (num_groups, self.out_features),
-            "g_idx": (num_slices, self.in_features),
         }
-        return {
+        empty = {
             name: torch.empty(
                 shape, dtype=torch.float16 if name == "scales" else torch.int32, device=device
             )
             for name, shape in shapes.items()
         }
+        return {
+            **empty,
+            "g_idx": self._neighbours().expand(num_slices, -1).clone(),
+            "bias": self.like.new_zeros(self.out_features),
+        }
+
+    def _neighbours(self) -> torch.Tensor:
+        """Groups of columns that are neighbours: [num_inputs] int32."""
+        size = self.scheme.config.columns_per_group(self.in_features)
+        columns = torch.arange(self.in_features, device=self.like.device)
+        return (columns // size).to(torch.int32)
 
     def finish(self) -> None:
         packed = self.packed
+        if packed["bias"].any():
+            raise ValueError(
+                "this checkpoint has biases where its config.json says that there are none; check "
+                "attention_bias and mlp_bias in config.json"
+            )
         g_idx = packed["g_idx"]
         if (g_idx != g_idx[0]).any():
             raise ValueError(
@@ -171,7 +194,7 @@ class QuantizedLinear(Part):
                 q=q,
                 scales=torch.full(shape, scale, dtype=torch.float16, device=device).float(),
                 zeros=torch.full(shape, levels // 2, dtype=torch.int32, device=device),
-                g_idx=(torch.arange(self.in_features, device=device) // size).to(torch.int32),
+                g_idx=self._neighbours(),
             )
         )
         if self.bias is not None:

@@ -203,7 +203,7 @@ PREFIX = "model.layers.0.self_attn."
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"{PREFIX}q_proj.g_idx"), "missing: .*q_proj.g_idx"),
+        (lambda t: t.pop(f"{PREFIX}q_proj.scales"), "missing: .*q_proj.scales"),
         (
             lambda t: t.update({f"{PREFIX}q_proj.g_idx": t[f"{PREFIX}q_proj.g_idx"].flip(0)}),
             "g_idx",

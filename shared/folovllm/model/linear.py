@@ -39,8 +39,11 @@ class LinearLayer(Protocol):
         slices: the checkpoint's matrices, in the order in which they make up this one.
         """
 
+    def optional(self, slices: Sequence[Slice]) -> frozenset[str]:
+        """Those of the targets that a checkpoint may leave out."""
+
     def finish(self) -> None:
-        """Called once, when all targets are filled."""
+        """Called once, when all targets are filled that the checkpoint has."""
 
     def randomize(self, generator: torch.Generator) -> None:
         """Fill with random weights instead; biases are 0."""
@@ -101,6 +104,9 @@ class Linear(Part):
                 targets[f"{name}.bias"] = self.bias[rows]
             start += num_outputs
         return targets
+
+    def optional(self, slices: Sequence[Slice]) -> frozenset[str]:
+        return frozenset()
 
     def finish(self) -> None: ...
 

@@ -44,7 +44,7 @@ def load_safetensors(model: CausalLM, directory: Path) -> None:
     that do not fit; the model must then not be used.
     """
     targets = published_tensors(model)
-    missing: set[str] = set(targets)
+    missing = set(targets) - _optional_tensors(model)
     unexpected, misshapen, other_kind = [], [], []
     for name, tensor in iter_safetensors(directory):
         if name == _HEAD and model.config.tie_word_embeddings:
@@ -212,6 +212,17 @@ def published_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{index}."
         targets |= {prefix + name: tensor for name, tensor in layer_tensors(layer).items()}
     return targets
+
+
+def _optional_tensors(model: CausalLM) -> set[str]:
+    """Those of `published_tensors` that a checkpoint may leave out."""
+    names = set()
+    for index, layer in enumerate(model.layers):
+        slices = layer_slices(layer.self_attn.config)
+        for part, linear in layer_linears(layer).items():
+            prefix = f"model.layers.{index}.{part.rpartition('.')[0]}."
+            names |= {prefix + name for name in linear.optional(slices[part])}
+    return names
 
 
 def layer_tensors(layer: DecoderLayer) -> dict[str, torch.Tensor]:
