@@ -56,8 +56,8 @@ class Scheme(NamedTuple):
 class QuantizedLinear(Part):
     """y = x W^T + b with packed integers.
 
-    On a GPU the kernels multiply with 4-bit words; on a CPU, and for other numbers of bits, the
-    weights are written out once, when they are loaded.
+    On a GPU the kernels multiply with 4-bit words, on a CPU torch's product does in bfloat16;
+    elsewhere the weights are written out once, when they are loaded.
     """
 
     def __init__(
@@ -202,8 +202,12 @@ class QuantizedLinear(Part):
 
     def _set_matrix(self, matrix: QuantizedMatrix) -> None:
         self.packed = {}
-        has_kernels = self.like.device.type == "cuda" and self.scheme.config.bits == 4
-        make = Int4Product if has_kernels and self.in_features % 8 == 0 else WrittenOutProduct
+        make: type[WrittenOutProduct | Int4Product | CpuInt4Product] = WrittenOutProduct
+        if self.scheme.config.bits == 4:
+            if self.like.device.type == "cuda" and self.in_features % 8 == 0:
+                make = Int4Product
+            elif CpuInt4Product.can_compute(matrix, self.like):
+                make = CpuInt4Product
         self.product = make(matrix, self.bias, self.kernels, self.like)
 
 
@@ -222,6 +226,54 @@ class WrittenOutProduct(Part):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.kernels.linear(x, self.weight, self.bias)
+
+
+class CpuInt4Product(Part):
+    """torch's packed product: the weights at 4 bits, in bfloat16 on a CPU.
+
+    In float32 it is many times slower than the product of written out weights, which is used there.
+    """
+
+    _GROUP_SIZES = (32, 64, 128, 256)
+    _LEAST_OUTPUTS = 16
+    """Outputs of a block in torch's order; there are no others."""
+
+    def __init__(
+        self,
+        matrix: QuantizedMatrix,
+        bias: torch.Tensor | None,
+        kernels: Kernels,
+        like: torch.Tensor,
+    ) -> None:
+        groups = matrix.g_idx.to(torch.int64)
+        order = torch.argsort(groups, stable=True)
+        self.bias, self.group_size = bias, len(groups) // len(matrix.scales)
+        self.order = None if bool((groups.diff() >= 0).all()) else order
+        q = matrix.q[:, order].to(torch.int32).contiguous()
+        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+        # Of w = (q - 8) * scale + offset.
+        offsets = (8 - matrix.zeros) * matrix.scales
+        self.scales = torch.stack((matrix.scales, offsets), dim=-1).to(like.dtype)
+
+    @classmethod
+    def can_compute(cls, matrix: QuantizedMatrix, like: torch.Tensor) -> bool:
+        """Groups must be equal, of a size that the product has."""
+        sizes = torch.bincount(matrix.g_idx, minlength=len(matrix.scales)).unique().tolist()
+        return (
+            like.device.type == "cpu"
+            and like.dtype == torch.bfloat16
+            and len(matrix.q) % cls._LEAST_OUTPUTS == 0
+            and len(sizes) == 1
+            and sizes[0] in cls._GROUP_SIZES
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.order is not None:
+            x = x[:, self.order]
+        out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), self.weight, self.group_size, self.scales
+        )
+        return out if self.bias is None else out + self.bias
 
 
 class Int4Product(Part):
