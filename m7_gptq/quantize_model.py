@@ -59,6 +59,14 @@ class Method(Enum):
     RTN = "rtn"
     """Round to nearest: no calibration enters the weights."""
 
+    def quantize(
+        self, weight: torch.Tensor, hessian: torch.Tensor, config: QuantizationConfig
+    ) -> QuantizedMatrix:
+        """weight: [num_outputs, num_inputs]; hessian: [num_inputs, num_inputs]."""
+        if self is Method.GPTQ:
+            return quantize(weight, hessian, config)
+        return round_to_nearest(weight, config)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -143,7 +151,7 @@ def quantize_checkpoint(
                 seconds = time.perf_counter() - start
                 state.add(LayerReport(layer_idx, config.num_layers, errors, seconds))
                 report(state.reports[-1])
-            _run_in_place(layer, rope, activations)
+            run_in_place(layer, rope, activations)
         rest = [name for name in checkpoint.names if not name.startswith("model.layers.")]
         save_safetensors(
             {name: checkpoint.get(name) for name in rest}, job.target / "rest.safetensors"
@@ -153,39 +161,52 @@ def quantize_checkpoint(
     return state.reports
 
 
-def _quantize_layer(
-    layer: DecoderLayer, rope: RotaryTable, activations: Activations, job: Job
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The layer's packed matrices by their published names, and errors; mutates its weights."""
-    linears = _plain_linears(layer)
+def record_hessians(
+    layer: DecoderLayer, rope: RotaryTable, activations: Activations
+) -> dict[str, torch.Tensor]:
+    """Matrix of the layer -> Hessian of what it is multiplied with, [num_inputs, num_inputs]."""
+    linears = plain_linears(layer)
     recorders = {name: _Recorder(linear) for name, linear in linears.items()}
     _replace(layer, recorders)
     for batch in activations.batches():
         run_layer(layer, rope, batch)
     _replace(layer, linears)
+    return {name: recorder.hessian.matrix for name, recorder in recorders.items()}
+
+
+def _quantize_layer(
+    layer: DecoderLayer, rope: RotaryTable, activations: Activations, job: Job
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The layer's packed matrices by their published names, and errors; mutates its weights."""
+    hessians = record_hessians(layer, rope, activations)
     tensors: dict[str, torch.Tensor] = {}
     errors: dict[str, float] = {}
-    for name, linear in linears.items():
-        hessian = recorders[name].hessian.matrix
-        if job.method is Method.GPTQ:
-            matrix = quantize(linear.weight, hessian, job.config)
-        else:
-            matrix = round_to_nearest(linear.weight, job.config)
-        errors[name] = relative_error(linear.weight, matrix, hessian)
+    for name, linear in plain_linears(layer).items():
+        matrix = job.method.quantize(linear.weight, hessians[name], job.config)
+        errors[name] = relative_error(linear.weight, matrix, hessians[name])
         linear.weight.copy_(matrix.dequantize())
-        for path, rows in _published_rows(layer, name):
-            own = QuantizedMatrix(
-                matrix.q[rows], matrix.scales[:, rows], matrix.zeros[:, rows], matrix.g_idx
-            )
-            packed = pack_matrix(own, job.config.bits, job.checkpoint_format)
-            # Copies: what shares memory cannot stand in one file.
-            tensors |= {f"{path}.{key}": value.clone() for key, value in packed._asdict().items()}
+        tensors |= _packed_tensors(layer, name, matrix, job)
     return tensors, errors
+
+
+def _packed_tensors(
+    layer: DecoderLayer, name: str, matrix: QuantizedMatrix, job: Job
+) -> dict[str, torch.Tensor]:
+    """A matrix of the layer as a checkpoint has it: in parts, each with tensors of its own."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path, rows in _published_rows(layer, name):
+        own = QuantizedMatrix(
+            matrix.q[rows], matrix.scales[:, rows], matrix.zeros[:, rows], matrix.g_idx
+        )
+        packed = pack_matrix(own, job.config.bits, job.checkpoint_format)
+        # Copies: what shares memory cannot stand in one file.
+        tensors |= {f"{path}.{key}": value.clone() for key, value in packed._asdict().items()}
+    return tensors
 
 
 def _restore(layer: DecoderLayer, tensors: dict[str, torch.Tensor], prefix: str, job: Job) -> None:
     """Put the weights that an earlier run quantised into the layer."""
-    for name, linear in _plain_linears(layer).items():
+    for name, linear in plain_linears(layer).items():
         for path, rows in _published_rows(layer, name):
             parts = (tensors[f"{prefix}{path}.{key}"] for key in PackedMatrix._fields)
             matrix = unpack_matrix(PackedMatrix(*parts), job.config.bits, job.checkpoint_format)
@@ -200,14 +221,15 @@ def _published_rows(layer: DecoderLayer, name: str) -> Iterator[tuple[str, slice
         start += num_outputs
 
 
-def _run_in_place(layer: DecoderLayer, rope: RotaryTable, activations: Activations) -> None:
+def run_in_place(layer: DecoderLayer, rope: RotaryTable, activations: Activations) -> None:
     """Replace what goes into the layer by what comes out."""
     for batch in activations.batches():
         for target, result in zip(batch, run_layer(layer, rope, batch), strict=True):
             target.copy_(result)
 
 
-def _plain_linears(layer: DecoderLayer) -> dict[str, Linear]:
+def plain_linears(layer: DecoderLayer) -> dict[str, Linear]:
+    """Matrix of the layer -> where its weights are."""
     linears = layer_linears(layer)
     return {name: linear for name, linear in linears.items() if isinstance(linear, Linear)}
 

@@ -246,7 +246,7 @@ def test_perplexity_is_that_of_the_windows(one) -> None:
     ids = tokens().flatten().tolist()
     seen: list[tuple[int, int]] = []
     value = perplexity(model, ids, 20, 3, lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(3, 3)]
     reference = AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32)
     windows = torch.tensor(ids[:60]).view(3, 20)
     with torch.no_grad():
