@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 _BLOCK = 128
-"""Columns after which the rest of the matrix is brought up to date (lazy updates)."""
+"""Columns after which the rest of the matrix is brought up to date (lazy updates), however wide the
+groups are."""
 _MSE_STEPS, _MSE_LEAST, _MSE_NORM = 100, 0.2, 2.4
 """Search of ranges: steps of a hundredth, down to a fifth, by the error to the power of 2.4."""
 
@@ -187,18 +188,11 @@ def quantize(
     groups = order // size if config.static_groups else torch.arange(num_inputs) // size
     factor = _inverse_factor(hessian, config.damp_percent)
     q = torch.empty_like(weight)
-    # A group never crosses a block, so that its grid is found for weights that are up to date.
-    block = size if size > _BLOCK else _BLOCK // size * size
-    for start in range(0, num_inputs, block):
-        end = min(start + block, num_inputs)
-        errors = _quantize_block(
-            weight[:, start:end],
-            factor[start:end, start:end],
-            groups[start:end],
-            grids,
-            config,
-            q[:, start:end],
-        )
+    group_ids = groups.tolist()
+    for start in range(0, num_inputs, _BLOCK):
+        columns = range(start, min(start + _BLOCK, num_inputs))
+        errors = _quantize_block(weight, factor, columns, group_ids, grids, config, q)
+        end = columns.stop
         weight[:, end:] -= errors @ factor[start:end, end:]
     restored = torch.argsort(order)
     return _matrix(q[:, restored], grids, groups.to(weight.device)[restored])
@@ -207,26 +201,31 @@ def quantize(
 def _quantize_block(
     weight: torch.Tensor,
     factor: torch.Tensor,
-    groups: torch.Tensor,
+    columns: range,
+    group_ids: list[int],
     grids: list[Grid],
     config: QuantizationConfig,
     q: torch.Tensor,
 ) -> torch.Tensor:
-    """Round the columns of a block in turn; mutates weight, q, and appends to grids.
+    """Round the columns of a block in turn; mutates them in weight and q, and appends to grids.
 
     Returns each column's error over its diagonal, [num_outputs, columns], by which all columns
     behind the block are still to be changed.
     """
-    errors = torch.empty_like(weight)
-    group_ids = groups.tolist()
-    for column, group in enumerate(group_ids):
-        if group == len(grids):
-            members = group_ids[column:].count(group)
-            grids.append(find_grid(weight[:, column : column + members], config))
-        grid, value = grids[group], weight[:, column]
+    start, end = columns.start, columns.stop
+    errors = weight.new_empty(len(weight), len(columns))
+    for column in columns:
+        if group_ids[column] == len(grids):
+            last = column + config.columns_per_group(weight.shape[1])
+            # Of a group that reaches over the block, a part has missed the block's changes so far.
+            missed = errors[:, : column - start] @ factor[start:column, end:last]
+            members = weight[:, column : min(end, last)], weight[:, end:last] - missed
+            grids.append(find_grid(torch.cat(members, dim=1), config))
+        grid, value = grids[group_ids[column]], weight[:, column]
         q[:, column] = grid.round(value)
-        errors[:, column] = (value - grid.value(q[:, column])) / factor[column, column]
-        weight[:, column:] -= torch.outer(errors[:, column], factor[column, column:])
+        error = (value - grid.value(q[:, column])) / factor[column, column]
+        weight[:, column:end] -= torch.outer(error, factor[column, column:end])
+        errors[:, column - start] = error
     return errors
 
 

@@ -86,7 +86,7 @@ def test_quantize_equals_brain_surgeon_by_brute_force(options, group_size) -> No
 
 
 @pytest.mark.parametrize("num_inputs", [128, 256, 384])
-@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("group_size", [32, 48, 64, 128, 160, 256, -1])
 def test_blocks_of_columns_change_nothing_but_the_order_of_work(num_inputs, group_size) -> None:
     weight, hessian, _ = problem(num_outputs=4, num_inputs=num_inputs, seed=1)
     config = QuantizationConfig(group_size=group_size)
