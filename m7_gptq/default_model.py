@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
+from folovllm.cli.progress_bar import ProgressBar
 from folovllm.entrypoints.llm import DEFAULT_MODEL
+from folovllm.model.config import ModelConfig
 from folovllm.model.loader import resolve_model_directory
 from folovllm.text.tokenizer import Tokenizer
 
@@ -38,19 +40,22 @@ def quantized_default_model() -> Path:
         dtype=torch.float32,
     )
     tokens = calibration_tokens(Tokenizer(source), None, _NUM_SEQUENCES, _SEQUENCE_LEN)
-    quantize_checkpoint(job, tokens, print_progress)
+    with LayerBar(source) as bar:
+        quantize_checkpoint(job, tokens, bar.report)
     return QUANTIZED_MODEL
 
 
-def print_progress(report: LayerReport) -> None:
-    """A line per layer: how far it is, and what it lost."""
-    errors = ", ".join(
-        f"{name.rpartition('.')[2].removesuffix('_proj')} {error:.2%}"
-        for name, error in report.errors.items()
-    )
-    print(
-        f"layer {report.layer_idx + 1}/{report.num_layers}: error of {errors} "
-        f"({report.seconds:.1f} s)",
-        file=sys.stderr,
-        flush=True,
-    )
+class LayerBar(ProgressBar):
+    """A bar over a model's layers, with what the last one lost."""
+
+    def __init__(self, source: Path) -> None:
+        num_layers = ModelConfig.from_directory(source).num_layers
+        super().__init__(num_layers, "Quantised layers", "layer")
+
+    def report(self, report: LayerReport) -> None:
+        """This layer is done, and all before it, perhaps by an earlier run."""
+        errors = (
+            f"{name.rpartition('.')[2].removesuffix('_proj')} {error:.2%}"
+            for name, error in report.errors.items()
+        )
+        self.show(report.layer_idx + 1, f"error of {', '.join(errors)}")

@@ -104,15 +104,23 @@ class Hessian:
     def __init__(self, num_inputs: int, device: torch.device) -> None:
         self.matrix = torch.zeros((num_inputs, num_inputs), dtype=torch.float32, device=device)
         """[num_inputs, num_inputs]"""
-        self.num_rows = 0
+        self.total_weight = 0.0
+        """Of all tokens: their number, if each counts once."""
 
-    def add(self, x: torch.Tensor) -> None:
-        """x: [num_tokens, num_inputs], what the matrix is multiplied with."""
-        num_rows = self.num_rows + len(x)
-        self.matrix *= self.num_rows / num_rows
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """x: [num_tokens, num_inputs], what the matrix is multiplied with.
+
+        weights: [num_tokens] float32, how often each token counts; None: once.
+        """
         x = x.to(torch.float32)
-        self.matrix.addmm_(x.t(), x, alpha=2.0 / num_rows)
-        self.num_rows = num_rows
+        added = float(len(x))
+        if weights is not None:
+            added = weights.sum().item()
+            x = x * weights.sqrt()[:, None]
+        total = self.total_weight + added
+        self.matrix *= self.total_weight / total
+        self.matrix.addmm_(x.t(), x, alpha=2.0 / total)
+        self.total_weight = total
 
 
 def find_grid(weight: torch.Tensor, config: QuantizationConfig) -> Grid:

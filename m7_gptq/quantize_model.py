@@ -6,6 +6,7 @@ their errors as well. Only one layer and the activations between two are on the 
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +44,9 @@ from .packing import PackedMatrix, pack_matrix, unpack_matrix
 from .quantized_linear import Scheme
 from .whole_sequences import Activations, embed, run_layer
 
+FIRST_TOKEN_WEIGHT = 32.0
+"""By measurement (docs/dev/milestone_7.md); between 16 and 512 little changes."""
+_READ_BY_OTHERS = ("self_attn.qkv_proj",)
 _STATE_FILE = "quantization_state.json"
 _COPIED = (
     "tokenizer*",
@@ -79,9 +83,20 @@ class Job:
     config: QuantizationConfig
     method: Method = Method.GPTQ
     checkpoint_format: str = "gptq"
+    first_token_weight: float = FIRST_TOKEN_WEIGHT
+    """How often the first token of every sequence counts in the Hessian of q, k and v. It is what
+    the whole sequence attends to (an attention sink) and unlike all others: as one of hundreds its
+    key is given up for theirs. 1: GPTQ as published."""
     device: torch.device
     dtype: torch.dtype
     """Of the computation; the Hessian and what follows from it are float32 always."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.first_token_weight < math.inf:
+            raise ValueError(
+                f"first_token_weight must be positive, got {self.first_token_weight}; 1 counts the "
+                f"first token of a sequence like all others"
+            )
 
 
 @dataclass(frozen=True)
@@ -98,18 +113,22 @@ class LayerReport:
 class _Recorder(Part):
     """Stands in for a matrix and adds its inputs to a Hessian."""
 
-    def __init__(self, linear: Linear) -> None:
-        self.linear = linear
-        weight = linear.weight
-        self.hessian = Hessian(weight.shape[1], weight.device)
+    def __init__(self, linear: Linear, weights: torch.Tensor | None) -> None:
+        """weights: [length] float32, how often a token of a sequence counts; None: once."""
+        self.linear, self.weights = linear, weights
+        self.hessian = Hessian(linear.weight.shape[1], linear.weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self.hessian.add(x)
+        self._record(x)
         return self.linear(x)
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
-        self.hessian.add(x)
+        self._record(x)
         return self.linear.gated(x)
+
+    def _record(self, x: torch.Tensor) -> None:
+        weights = self.weights
+        self.hessian.add(x, None if weights is None else weights.repeat(len(x) // len(weights)))
 
 
 @torch.inference_mode()
@@ -162,11 +181,23 @@ def quantize_checkpoint(
 
 
 def record_hessians(
-    layer: DecoderLayer, rope: RotaryTable, activations: Activations
+    layer: DecoderLayer,
+    rope: RotaryTable,
+    activations: Activations,
+    first_token_weight: float = 1.0,
 ) -> dict[str, torch.Tensor]:
-    """Matrix of the layer -> Hessian of what it is multiplied with, [num_inputs, num_inputs]."""
+    """Matrix of the layer -> Hessian of what it is multiplied with, [num_inputs, num_inputs].
+
+    first_token_weight: see `Job`.
+    """
     linears = plain_linears(layer)
-    recorders = {name: _Recorder(linear) for name, linear in linears.items()}
+    # Only what makes keys and values: every later token reads those of the first.
+    weights = torch.ones(activations.residual.shape[1], device=activations.residual.device)
+    weights[0] = first_token_weight
+    recorders = {
+        name: _Recorder(linear, weights if name in _READ_BY_OTHERS else None)
+        for name, linear in linears.items()
+    }
     _replace(layer, recorders)
     for batch in activations.batches():
         run_layer(layer, rope, batch)
@@ -178,7 +209,7 @@ def _quantize_layer(
     layer: DecoderLayer, rope: RotaryTable, activations: Activations, job: Job
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The layer's packed matrices by their published names, and errors; mutates its weights."""
-    hessians = record_hessians(layer, rope, activations)
+    hessians = record_hessians(layer, rope, activations, job.first_token_weight)
     tensors: dict[str, torch.Tensor] = {}
     errors: dict[str, float] = {}
     for name, linear in plain_linears(layer).items():
@@ -255,6 +286,7 @@ class _State:
             "method": job.method.value,
             "checkpoint_format": job.checkpoint_format,
             "dtype": str(job.dtype),
+            "first_token_weight": job.first_token_weight,
             "config": asdict(job.config),
             "calibration": hashlib.sha256(token_ids.numpy().tobytes()).hexdigest(),
         }
