@@ -26,13 +26,13 @@ from m7_gptq.quantize_model import Method, plain_linears, record_hessians, run_i
 from m7_gptq.whole_sequences import Activations, embed
 
 LENGTH, NUM_WINDOWS = 512, 8
-QKV, O, GATE_UP, DOWN = (
+QKV, OUT, GATE_UP, DOWN = (
     "self_attn.qkv_proj",
     "self_attn.o_proj",
     "mlp.gate_up_proj",
     "mlp.down_proj",
 )
-ALL = (QKV, O, GATE_UP, DOWN)
+ALL = (QKV, OUT, GATE_UP, DOWN)
 
 Hessians = list[dict[str, torch.Tensor]]
 """Layer -> matrix -> [num_inputs, num_inputs]"""
