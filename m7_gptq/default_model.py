@@ -19,9 +19,9 @@ from .quantize_model import Job, LayerReport, Method, quantize_checkpoint
 QUANTIZED_MODEL = DEFAULT_MODEL.with_name(f"{DEFAULT_MODEL.name}-GPTQ")
 """Where it is kept, beside the one it is made from."""
 _CONFIG = QuantizationConfig(group_size=32, sym=False)
-"""Groups of 32 lost less than wider ones in the trials of docs/dev/milestone_7.md; the text that
-two minutes allow for is too little for more."""
-_NUM_SEQUENCES, _SEQUENCE_LEN = 16, 512
+"""Groups of 32 with zero points lost less than wider and symmetric ones in the trials of
+docs/dev/milestone_7.md."""
+_NUM_SEQUENCES, _SEQUENCE_LEN = 32, 512
 
 
 def quantized_default_model() -> Path:
