@@ -103,6 +103,8 @@ def save_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     # The format entry is what Transformers asks for before it opens a file.
     save_file(on_host, str(partial), metadata={"format": "pt"})
+    # safetensors makes files that nobody else may read; a model is often another user's to run.
+    partial.chmod(0o644)
     partial.replace(path)
 
 
