@@ -66,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FLOAT",
         help="of a sequence, for q, k and v; 1: as published",
     )
+    quantize.add_argument(
+        "--quantize-lm-head",
+        action="store_true",
+        help="also the matrix of the logits; a tied embedding stays at 16 bits beside it",
+    )
     add_field_flags(quantize.add_argument_group("quantisation"), QuantizationConfig)
     dequantize = commands.add_parser(
         "dequantize", help="write the weights of a quantised checkpoint at 16 or 32 bits"
@@ -100,6 +105,7 @@ def _quantize(options: argparse.Namespace) -> None:
         method=Method(options.method),
         checkpoint_format=options.format,
         first_token_weight=options.first_token_weight,
+        quantize_lm_head=options.quantize_lm_head,
         device=device,
         dtype=resolve_dtype(options.dtype, ModelConfig.from_directory(source), device),
     )

@@ -40,13 +40,14 @@ from .gptq import (
     relative_error,
     round_to_nearest,
 )
-from .packing import PackedMatrix, pack_matrix, unpack_matrix
+from .packing import WORD_BITS, PackedMatrix, pack_matrix, unpack_matrix
 from .quantized_linear import Scheme
 from .whole_sequences import Activations, embed, run_layer
 
 FIRST_TOKEN_WEIGHT = 32.0
 """By measurement (docs/dev/milestone_7.md); 30, 32, 300 and 512 gave much the same."""
 _READ_BY_OTHERS = ("self_attn.qkv_proj",)
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _STATE_FILE = "quantization_state.json"
 _COPIED = (
     "tokenizer*",
@@ -87,6 +88,9 @@ class Job:
     """How often the first token of every sequence counts in the Hessian of q, k and v. It is what
     the whole sequence attends to (an attention sink) and unlike all others: as one of hundreds its
     key is given up for theirs. 1: GPTQ as published."""
+    quantize_lm_head: bool = False
+    """Also the matrix of the logits, in the same way. The embedding stays as it is: where the two
+    were one table, there are two of them then."""
     device: torch.device
     dtype: torch.dtype
     """Of the computation; the Hessian and what follows from it are float32 always."""
@@ -143,9 +147,14 @@ def quantize_checkpoint(
     config = ModelConfig.from_directory(job.source)
     if config.quantization is not None:
         raise ValueError(f"{job.source} is quantised already; give the checkpoint it was made from")
+    if job.quantize_lm_head and config.vocab_size * job.config.bits % WORD_BITS:
+        raise ValueError(
+            f"the head of {job.source} has {config.vocab_size} outputs, whose zero points do not "
+            f"fill words of {job.config.bits} bits; quantise without quantize_lm_head"
+        )
     state = _State(job, token_ids)
     with Checkpoint(job.source) as checkpoint:
-        embedding = checkpoint.get("model.embed_tokens.weight")
+        embedding = checkpoint.get(_EMBEDDING)
         activations = embed(token_ids.to(job.device), embedding.to(job.device, job.dtype))
         rope = RotaryTable(config.rope, config.head_dim, token_ids.shape[1], job.device)
         like = torch.empty(0, dtype=job.dtype, device=job.device)
@@ -171,13 +180,34 @@ def quantize_checkpoint(
                 state.add(LayerReport(layer_idx, config.num_layers, errors, seconds))
                 report(state.reports[-1])
             run_in_place(layer, rope, activations)
-        rest = [name for name in checkpoint.names if not name.startswith("model.layers.")]
-        save_safetensors(
-            {name: checkpoint.get(name) for name in rest}, job.target / "rest.safetensors"
-        )
+        rest = {
+            name: checkpoint.get(name)
+            for name in checkpoint.names
+            if not name.startswith("model.layers.")
+        }
+        if job.quantize_lm_head:
+            rest |= _quantize_head(config, rest, activations, job)
+            rest.pop(_HEAD, None)
+        save_safetensors(rest, job.target / "rest.safetensors")
     _write_index(job)
     state.remove()
     return state.reports
+
+
+def _quantize_head(
+    config: ModelConfig, tensors: dict[str, torch.Tensor], activations: Activations, job: Job
+) -> dict[str, torch.Tensor]:
+    """The packed head by its published names; tensors: those of the checkpoint beside layers."""
+    norm = tensors["model.norm.weight"].to(job.device, job.dtype)
+    kernels = select_kernels(job.device)
+    hessian = Hessian(config.hidden_size, job.device)
+    for x, residual in activations.batches():
+        x, residual = (part.reshape(-1, config.hidden_size) for part in (x, residual))
+        hessian.add(kernels.add_rms_norm(x, residual.clone(), norm, config.rms_norm_eps))
+    weight = tensors.get(_HEAD, tensors[_EMBEDDING]).to(job.device, torch.float32)
+    matrix = job.method.quantize(weight, hessian.matrix, job.config)
+    packed = pack_matrix(matrix, job.config.bits, job.checkpoint_format)
+    return {f"lm_head.{key}": value for key, value in packed._asdict().items()}
 
 
 def record_hessians(
@@ -286,6 +316,7 @@ class _State:
             "method": job.method.value,
             "checkpoint_format": job.checkpoint_format,
             "dtype": str(job.dtype),
+            "quantize_lm_head": job.quantize_lm_head,
             "first_token_weight": job.first_token_weight,
             "config": asdict(job.config),
             "calibration": hashlib.sha256(token_ids.numpy().tobytes()).hexdigest(),
@@ -323,7 +354,7 @@ def _write_index(job: Job) -> None:
     settings = {
         **{name: value for name, value in asdict(job.config).items() if name != "mse"},
         "checkpoint_format": job.checkpoint_format,
-        "lm_head": False,
+        "lm_head": job.quantize_lm_head,
         "true_sequential": False,
     }
     write_json_atomically(job.target / "quantize_config.json", settings)
@@ -331,6 +362,8 @@ def _write_index(job: Job) -> None:
     write_json_atomically(job.target / "model.safetensors.index.json", index)
     config = json.loads((job.source / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "gptq", **settings}
+    if job.quantize_lm_head:
+        config["tie_word_embeddings"] = False
     write_json_atomically(job.target / "config.json", config)
 
 
@@ -346,6 +379,7 @@ def dequantize_checkpoint(source: Path, target: Path, dtype: torch.dtype) -> Non
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; give another output folder")
     scheme = Scheme.from_checkpoint(config.quantization)
+    head_scheme = Scheme.of_head(config.quantization) or scheme
     target.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     with Checkpoint(source) as checkpoint:
@@ -353,9 +387,8 @@ def dequantize_checkpoint(source: Path, target: Path, dtype: torch.dtype) -> Non
             stem, _, kind = name.rpartition(".")
             if kind == "qweight":
                 parts = (checkpoint.get(f"{stem}.{key}") for key in PackedMatrix._fields)
-                matrix = unpack_matrix(
-                    PackedMatrix(*parts), scheme.config.bits, scheme.checkpoint_format
-                )
+                own = head_scheme if stem == "lm_head" else scheme
+                matrix = unpack_matrix(PackedMatrix(*parts), own.config.bits, own.checkpoint_format)
                 tensors[f"{stem}.weight"] = matrix.dequantize().to(dtype)
             elif kind not in PackedMatrix._fields:
                 tensors[name] = checkpoint.get(name).to(dtype)

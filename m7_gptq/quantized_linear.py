@@ -6,11 +6,20 @@ from typing import Any, NamedTuple
 import torch
 
 from folovllm.kernels.selection import Kernels
-from folovllm.model.linear import INITIAL_STD, LinearFactory, Part, Slice, plain_linears
+from folovllm.model.linear import (
+    INITIAL_STD,
+    LinearFactory,
+    Linears,
+    Part,
+    Slice,
+    plain_linears,
+)
 from folovllm.setting_checks import is_int
 
 from .gptq import QuantizationConfig, QuantizedMatrix
 from .packing import V1, V2, PackedMatrix, unpack_matrix
+
+_HEAD = "lm_head"
 
 
 class Scheme(NamedTuple):
@@ -34,10 +43,12 @@ class Scheme(NamedTuple):
                 f"checkpoint_format must be {V1!r} or {V2!r}, got {checkpoint_format!r}; convert "
                 f"the checkpoint to one of them"
             )
-        if quantization.get("lm_head"):
-            raise ValueError("a quantised lm_head is not supported; quantise without it")
-        if quantization.get("dynamic"):
-            raise ValueError("layers of unequal bits ('dynamic') are not supported")
+        unequal = set(quantization.get("dynamic") or {}) - {_HEAD}
+        if unequal:
+            raise ValueError(
+                f"layers of unequal bits ('dynamic': {', '.join(sorted(unequal))}) are not "
+                f"supported; quantise all layers in the same way"
+            )
         for name in ("bits", "group_size"):
             if not is_int(quantization.get(name)):
                 raise ValueError(
@@ -51,6 +62,17 @@ class Scheme(NamedTuple):
             desc_act=bool(quantization.get("desc_act", False)),
         )
         return cls(config, checkpoint_format)
+
+    @classmethod
+    def of_head(cls, quantization: Mapping[str, Any]) -> "Scheme | None":
+        """Likewise of the head; None: it is not quantised.
+
+        GPTQModel says under `dynamic` what is different from the layers.
+        """
+        if not quantization.get(_HEAD):
+            return None
+        own = (quantization.get("dynamic") or {}).get(_HEAD) or {}
+        return cls.from_checkpoint({**quantization, **own, "dynamic": None})
 
 
 class QuantizedLinear(Part):
@@ -295,17 +317,20 @@ class Int4Product(Part):
         return self.multiply(x, self.weight, self.bias)
 
 
-def linears_of(quantization: dict[str, Any] | None) -> LinearFactory:
+def linears_of(quantization: dict[str, Any] | None) -> Linears:
     """Plain matrices for an unquantised checkpoint, packed ones for one of this format."""
     if quantization is None:
         return plain_linears(None)
-    return _linears(Scheme.from_checkpoint(quantization))
+    head = Scheme.of_head(quantization)
+    return Linears(
+        _linears(Scheme.from_checkpoint(quantization)), None if head is None else _linears(head)
+    )
 
 
-def random_linears_of(quantization: dict[str, Any] | None) -> LinearFactory:
+def random_linears_of(quantization: dict[str, Any] | None) -> Linears:
     """Packed matrices for random weights, of 4 bits where nothing else is said."""
     if quantization is None:
-        return _linears(Scheme(QuantizationConfig(), V1))
+        return Linears(_linears(Scheme(QuantizationConfig(), V1)))
     return linears_of(quantization)
 
 

@@ -29,14 +29,9 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
-    "llama-128": (
+    "llama-96": (  # no multiple of 64: written by m7_interoperability.py only
         "llama",
-        {
-            "tie_word_embeddings": True,
-            "hidden_size": 128,
-            "intermediate_size": 128,
-            "num_key_value_heads": 1,
-        },
+        {"tie_word_embeddings": False, "hidden_size": 96, "num_key_value_heads": 2},
     ),
     "llama-256": (  # two groups of 128 in every row of down_proj
         "llama",

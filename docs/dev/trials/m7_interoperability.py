@@ -34,6 +34,9 @@ OURS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "qwen3-one-group": ("qwen3", {"group_size": -1}, "gptq"),
     "llama-128": ("llama-256", {"group_size": 128}, "gptq"),
+    "llama-head": ("llama", {"group_size": 32, "quantize_lm_head": True}, "gptq"),
+    "qwen3-tied-head": ("qwen3", {"group_size": 32, "quantize_lm_head": True}, "gptq"),
+    "llama-last-group-smaller": ("llama-96", {"group_size": 64}, "gptq"),
     "qwen3-8-bits": ("qwen3", {"group_size": 32, "bits": 8}, "gptq"),
 }
 
@@ -47,10 +50,12 @@ def write(sources: Path, target: Path, further: list[Path]) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, 64, (32, 64), generator=generator)
     for name, (source, options, checkpoint_format) in OURS.items():
+        layers = {key: value for key, value in options.items() if key != "quantize_lm_head"}
         job = Job(
             source=sources / source,
             target=target / name,
-            config=QuantizationConfig(**options),
+            config=QuantizationConfig(**layers),
+            quantize_lm_head=options.get("quantize_lm_head", False),
             checkpoint_format=checkpoint_format,
             device=torch.device("cpu"),
             dtype=torch.float32,
