@@ -1,4 +1,4 @@
-"""Does vLLM compute with a checkpoint of m7_gptq what m7_gptq computes with it? It needs a GPU and vLLM.
+"""Does vLLM compute with a checkpoint of m7_gptq what m7_gptq computes? It needs a GPU and vLLM.
 
     python docs/dev/trials/m7_in_vllm.py FOLDER… > result.json
 
