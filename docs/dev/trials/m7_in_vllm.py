@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 NUM_NEW_TOKENS = 32
-MARGIN = 0.5
+MARGIN = 1.5
 """Of logits; of bfloat16 between 16 and 32 the step is 0.125. The stage itself, in
-bfloat16 on a CPU, was off by up to 0.21."""
+bfloat16 on a CPU, was off by up to 0.74 on a random model; zero points off by one are off by tens."""
 DTYPES = ("float16", "bfloat16")
 PROMPTS = (
     [1, 260, 378, 314, 506, 260, 314, 338],
