@@ -20,8 +20,8 @@ from typing import Any
 
 NUM_NEW_TOKENS = 32
 MARGIN = 1.5
-"""Of logits; of bfloat16 between 16 and 32 the step is 0.125. The stage itself, in bfloat16 on a CPU,
-was off by up to 0.74 on a random model. Zero points that are off by one: by 18 and 98."""
+"""Of logits; of bfloat16 between 16 and 32 the step is 0.125. The stage itself, in bfloat16 on a
+CPU, was off by up to 0.74 on a random model. Zero points that are off by one: by 18 and 98."""
 DTYPES = ("float16", "bfloat16")
 PROMPTS = (
     [1, 260, 378, 314, 506, 260, 314, 338],
