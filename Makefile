@@ -15,6 +15,8 @@ TORCH_INDEX ?=
 MODEL ?=
 PROMPT ?= What is the capital of France?
 WORKLOAD ?= fixed:batch=4,input=64,output=32
+# Folder that a quantised model is written to.
+OUTPUT ?= build/quantised
 # Further arguments for the command that a verb runs, and for pytest.
 ARGS ?=
 PYTEST_ARGS ?=
@@ -24,6 +26,8 @@ STAGES := $(patsubst %/__init__.py,%,$(sort $(wildcard m[1-7]_*/__init__.py)))
 SHORT_NAMES := $(foreach stage,$(STAGES),$(firstword $(subst _, ,$(stage))))
 PACKAGES := shared/folovllm m0_infra $(STAGES) compare
 LAST := $(lastword $(SHORT_NAMES))
+# Stages that have a command of their own: those with the file that does the work.
+QUANTIZERS := $(foreach file,$(sort $(wildcard m[1-7]_*/quantize_model.py)),$(firstword $(subst _, ,$(file))))
 
 EMBEDDED := models/SmolLM2-135M-Instruct/model.safetensors
 ifdef NO_VENV
@@ -67,6 +71,7 @@ help: ## list the verbs
 	@echo '  $(LAST)-compare     measure it beside the stage before it, on the workload that shows its idea: a sentence and'
 	@echo '                 a chart within two minutes (MODEL=…, ARGS=…; from m2 on)'
 	@echo '  $(LAST)-test        run the tests of the stage (PYTEST_ARGS=…)'
+	@$(foreach name,$(QUANTIZERS),echo '  $(name)-quantize    write a model with few bits per weight (MODEL=…, OUTPUT=$(OUTPUT), ARGS=…)';)
 	@echo '  diff-$(LAST)        show what the stage changes in the stage before it'
 	@echo
 	@echo '  Everywhere: VENV=DIR, PYTHON=python3.12, TORCH_INDEX=URL for torch alone, and NO_VENV=1 to use PYTHON as it'
@@ -145,7 +150,17 @@ $(1)-compare: $$(RUNTIME) $$(MODEL_FILES)
 	$$(RUN) -m compare show --stage $(1)$$(MODEL_OPTION)$$(EXTRA)
 endef
 
+# $(call quantizer,m7,m7_gptq): for the stages that quantise. The embedded model has to be named: the command has no default.
+define quantizer
+.PHONY: $(1)-quantize
+
+$(1)-quantize: $$(RUNTIME) $$(MODEL_FILES)
+	$$(RUN) -m $(2) quantize --model $$(or $$(MODEL),$$(dir $$(EMBEDDED))) --output $$(OUTPUT)$$(EXTRA)
+endef
+
 $(foreach stage,$(STAGES),$(eval $(call stage_verbs,$(firstword $(subst _, ,$(stage))),$(stage))))
+$(foreach stage,$(STAGES),$(if $(wildcard $(stage)/quantize_model.py),\
+    $(eval $(call quantizer,$(firstword $(subst _, ,$(stage))),$(stage)))))
 $(foreach name,$(wordlist 2,$(words $(SHORT_NAMES)),$(SHORT_NAMES)),$(eval $(call against_previous,$(name))))
 
 # ------------------------------------------------------------------------------------------------ set-up

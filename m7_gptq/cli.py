@@ -19,11 +19,17 @@ from folovllm.model.loader import (
 from folovllm.text.tokenizer import Tokenizer
 
 from .calibration import calibration_tokens
-from .default_model import print_progress, quantized_default_model
+from .default_model import LayerBar, quantized_default_model
 from .gptq import QuantizationConfig
 from .packing import V1, V2
 from .perplexity import perplexity
-from .quantize_model import Job, Method, dequantize_checkpoint, quantize_checkpoint
+from .quantize_model import (
+    FIRST_TOKEN_WEIGHT,
+    Job,
+    Method,
+    dequantize_checkpoint,
+    quantize_checkpoint,
+)
 from .quantized_linear import linears_of
 
 COMMANDS = ("quantize", "dequantize", "perplexity")
@@ -53,6 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--calibration", type=Path, help="a text; default: one of our own")
     quantize.add_argument("--num-sequences", type=int, default=128, metavar="INT")
     quantize.add_argument("--sequence-len", type=int, default=512, metavar="INT")
+    quantize.add_argument(
+        "--first-token-weight",
+        type=float,
+        default=FIRST_TOKEN_WEIGHT,
+        metavar="FLOAT",
+        help="of a sequence, for q, k and v; 1: as published",
+    )
+    quantize.add_argument(
+        "--quantize-lm-head",
+        action="store_true",
+        help="also the matrix of the logits; a tied embedding stays at 16 bits beside it",
+    )
     add_field_flags(quantize.add_argument_group("quantisation"), QuantizationConfig)
     dequantize = commands.add_parser(
         "dequantize", help="write the weights of a quantised checkpoint at 16 or 32 bits"
@@ -86,13 +104,16 @@ def _quantize(options: argparse.Namespace) -> None:
         config=QuantizationConfig(**given_fields(options, QuantizationConfig)),
         method=Method(options.method),
         checkpoint_format=options.format,
+        first_token_weight=options.first_token_weight,
+        quantize_lm_head=options.quantize_lm_head,
         device=device,
         dtype=resolve_dtype(options.dtype, ModelConfig.from_directory(source), device),
     )
     tokens = calibration_tokens(
         Tokenizer(source), options.calibration, options.num_sequences, options.sequence_len
     )
-    quantize_checkpoint(job, tokens, print_progress)
+    with LayerBar(source) as bar:
+        quantize_checkpoint(job, tokens, bar.report)
     print(f"written to {options.output}")
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
+from folovllm.cli.progress_bar import ProgressBar
 from folovllm.entrypoints.llm import DEFAULT_MODEL
+from folovllm.model.config import ModelConfig
 from folovllm.model.loader import resolve_model_directory
 from folovllm.text.tokenizer import Tokenizer
 
@@ -17,9 +19,9 @@ from .quantize_model import Job, LayerReport, Method, quantize_checkpoint
 QUANTIZED_MODEL = DEFAULT_MODEL.with_name(f"{DEFAULT_MODEL.name}-GPTQ")
 """Where it is kept, beside the one it is made from."""
 _CONFIG = QuantizationConfig(group_size=32, sym=False)
-"""Groups of 32 lost less than wider ones in the trials of docs/dev/milestone_7.md; the text that
-two minutes allow for is too little for more."""
-_NUM_SEQUENCES, _SEQUENCE_LEN = 16, 512
+"""Groups of 32 with zero points lost less than wider and symmetric ones in the trials of
+docs/dev/milestone_7.md."""
+_NUM_SEQUENCES, _SEQUENCE_LEN = 32, 512
 
 
 def quantized_default_model() -> Path:
@@ -38,19 +40,22 @@ def quantized_default_model() -> Path:
         dtype=torch.float32,
     )
     tokens = calibration_tokens(Tokenizer(source), None, _NUM_SEQUENCES, _SEQUENCE_LEN)
-    quantize_checkpoint(job, tokens, print_progress)
+    with LayerBar(source) as bar:
+        quantize_checkpoint(job, tokens, bar.report)
     return QUANTIZED_MODEL
 
 
-def print_progress(report: LayerReport) -> None:
-    """A line per layer: how far it is, and what it lost."""
-    errors = ", ".join(
-        f"{name.rpartition('.')[2].removesuffix('_proj')} {error:.2%}"
-        for name, error in report.errors.items()
-    )
-    print(
-        f"layer {report.layer_idx + 1}/{report.num_layers}: error of {errors} "
-        f"({report.seconds:.1f} s)",
-        file=sys.stderr,
-        flush=True,
-    )
+class LayerBar(ProgressBar):
+    """A bar over a model's layers, with what the last one lost."""
+
+    def __init__(self, source: Path) -> None:
+        num_layers = ModelConfig.from_directory(source).num_layers
+        super().__init__(num_layers, "Quantised layers", "layer")
+
+    def report(self, report: LayerReport) -> None:
+        """This layer is done, and all before it, perhaps by an earlier run."""
+        errors = (
+            f"{name.rpartition('.')[2].removesuffix('_proj')} {error:.2%}"
+            for name, error in report.errors.items()
+        )
+        self.show(report.layer_idx + 1, f"error of {', '.join(errors)}")

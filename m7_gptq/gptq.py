@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 _BLOCK = 128
-"""Columns after which the rest of the matrix is brought up to date (lazy updates)."""
+"""Columns after which the rest of the matrix is brought up to date (lazy updates), however wide the
+groups are."""
 _MSE_STEPS, _MSE_LEAST, _MSE_NORM = 100, 0.2, 2.4
 """Search of ranges: steps of a hundredth, down to a fifth, by the error to the power of 2.4."""
 
@@ -103,15 +104,23 @@ class Hessian:
     def __init__(self, num_inputs: int, device: torch.device) -> None:
         self.matrix = torch.zeros((num_inputs, num_inputs), dtype=torch.float32, device=device)
         """[num_inputs, num_inputs]"""
-        self.num_rows = 0
+        self.total_weight = 0.0
+        """Of all tokens: their number, if each counts once."""
 
-    def add(self, x: torch.Tensor) -> None:
-        """x: [num_tokens, num_inputs], what the matrix is multiplied with."""
-        num_rows = self.num_rows + len(x)
-        self.matrix *= self.num_rows / num_rows
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """x: [num_tokens, num_inputs], what the matrix is multiplied with.
+
+        weights: [num_tokens] float32, how often each token counts; None: once.
+        """
         x = x.to(torch.float32)
-        self.matrix.addmm_(x.t(), x, alpha=2.0 / num_rows)
-        self.num_rows = num_rows
+        added = float(len(x))
+        if weights is not None:
+            added = weights.sum().item()
+            x = x * weights.sqrt()[:, None]
+        total = self.total_weight + added
+        self.matrix *= self.total_weight / total
+        self.matrix.addmm_(x.t(), x, alpha=2.0 / total)
+        self.total_weight = total
 
 
 def find_grid(weight: torch.Tensor, config: QuantizationConfig) -> Grid:
@@ -187,18 +196,11 @@ def quantize(
     groups = order // size if config.static_groups else torch.arange(num_inputs) // size
     factor = _inverse_factor(hessian, config.damp_percent)
     q = torch.empty_like(weight)
-    # A group never crosses a block, so that its grid is found for weights that are up to date.
-    block = size if size > _BLOCK else _BLOCK // size * size
-    for start in range(0, num_inputs, block):
-        end = min(start + block, num_inputs)
-        errors = _quantize_block(
-            weight[:, start:end],
-            factor[start:end, start:end],
-            groups[start:end],
-            grids,
-            config,
-            q[:, start:end],
-        )
+    group_ids = groups.tolist()
+    for start in range(0, num_inputs, _BLOCK):
+        columns = range(start, min(start + _BLOCK, num_inputs))
+        errors = _quantize_block(weight, factor, columns, group_ids, grids, config, q)
+        end = columns.stop
         weight[:, end:] -= errors @ factor[start:end, end:]
     restored = torch.argsort(order)
     return _matrix(q[:, restored], grids, groups.to(weight.device)[restored])
@@ -207,26 +209,31 @@ def quantize(
 def _quantize_block(
     weight: torch.Tensor,
     factor: torch.Tensor,
-    groups: torch.Tensor,
+    columns: range,
+    group_ids: list[int],
     grids: list[Grid],
     config: QuantizationConfig,
     q: torch.Tensor,
 ) -> torch.Tensor:
-    """Round the columns of a block in turn; mutates weight, q, and appends to grids.
+    """Round the columns of a block in turn; mutates them in weight and q, and appends to grids.
 
     Returns each column's error over its diagonal, [num_outputs, columns], by which all columns
     behind the block are still to be changed.
     """
-    errors = torch.empty_like(weight)
-    group_ids = groups.tolist()
-    for column, group in enumerate(group_ids):
-        if group == len(grids):
-            members = group_ids[column:].count(group)
-            grids.append(find_grid(weight[:, column : column + members], config))
-        grid, value = grids[group], weight[:, column]
+    start, end = columns.start, columns.stop
+    errors = weight.new_empty(len(weight), len(columns))
+    for column in columns:
+        if group_ids[column] == len(grids):
+            last = column + config.columns_per_group(weight.shape[1])
+            # Of a group that reaches over the block, a part has missed the block's changes so far.
+            missed = errors[:, : column - start] @ factor[start:column, end:last]
+            members = weight[:, column : min(end, last)], weight[:, end:last] - missed
+            grids.append(find_grid(torch.cat(members, dim=1), config))
+        grid, value = grids[group_ids[column]], weight[:, column]
         q[:, column] = grid.round(value)
-        errors[:, column] = (value - grid.value(q[:, column])) / factor[column, column]
-        weight[:, column:] -= torch.outer(errors[:, column], factor[column, column:])
+        error = (value - grid.value(q[:, column])) / factor[column, column]
+        weight[:, column:end] -= torch.outer(error, factor[column, column:end])
+        errors[:, column - start] = error
     return errors
 
 

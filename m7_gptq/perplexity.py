@@ -7,7 +7,7 @@ import torch
 
 from folovllm.model.transformer import CausalLM
 
-from .whole_sequences import mean_nll
+from .whole_sequences import mean_nll, sequences_at_a_time
 
 
 @torch.inference_mode()
@@ -38,8 +38,9 @@ def perplexity(
             f"text or a smaller window"
         )
     tokens = torch.tensor(token_ids[: total * window], device=model.device).view(total, window)
-    nlls = []
-    for index, sequence in enumerate(tokens):
-        nlls.append(mean_nll(model, sequence))
-        report(index + 1, total)
-    return math.exp(sum(nlls) / total)
+    nll, done = 0.0, 0
+    for sequences in tokens.split(sequences_at_a_time(window)):
+        nll += mean_nll(model, sequences) * len(sequences)
+        done += len(sequences)
+        report(done, total)
+    return math.exp(nll / total)

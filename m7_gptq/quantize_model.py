@@ -6,6 +6,7 @@ their errors as well. Only one layer and the activations between two are on the 
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -39,10 +40,14 @@ from .gptq import (
     relative_error,
     round_to_nearest,
 )
-from .packing import PackedMatrix, pack_matrix, unpack_matrix
+from .packing import WORD_BITS, PackedMatrix, pack_matrix, unpack_matrix
 from .quantized_linear import Scheme
 from .whole_sequences import Activations, embed, run_layer
 
+FIRST_TOKEN_WEIGHT = 32.0
+"""By measurement (docs/dev/milestone_7.md); 30, 32, 300 and 512 gave much the same."""
+_READ_BY_OTHERS = ("self_attn.qkv_proj",)
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _STATE_FILE = "quantization_state.json"
 _COPIED = (
     "tokenizer*",
@@ -59,6 +64,14 @@ class Method(Enum):
     RTN = "rtn"
     """Round to nearest: no calibration enters the weights."""
 
+    def quantize(
+        self, weight: torch.Tensor, hessian: torch.Tensor, config: QuantizationConfig
+    ) -> QuantizedMatrix:
+        """weight: [num_outputs, num_inputs]; hessian: [num_inputs, num_inputs]."""
+        if self is Method.GPTQ:
+            return quantize(weight, hessian, config)
+        return round_to_nearest(weight, config)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -71,9 +84,23 @@ class Job:
     config: QuantizationConfig
     method: Method = Method.GPTQ
     checkpoint_format: str = "gptq"
+    first_token_weight: float = FIRST_TOKEN_WEIGHT
+    """How often the first token of every sequence counts in the Hessian of q, k and v. It is what
+    the whole sequence attends to (an attention sink) and unlike all others: as one of hundreds its
+    key is given up for theirs. 1: GPTQ as published."""
+    quantize_lm_head: bool = False
+    """Also the matrix of the logits, in the same way. The embedding stays as it is: where the two
+    were one table, there are two of them then."""
     device: torch.device
     dtype: torch.dtype
     """Of the computation; the Hessian and what follows from it are float32 always."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.first_token_weight < math.inf:
+            raise ValueError(
+                f"first_token_weight must be positive, got {self.first_token_weight}; 1 counts the "
+                f"first token of a sequence like all others"
+            )
 
 
 @dataclass(frozen=True)
@@ -90,18 +117,22 @@ class LayerReport:
 class _Recorder(Part):
     """Stands in for a matrix and adds its inputs to a Hessian."""
 
-    def __init__(self, linear: Linear) -> None:
-        self.linear = linear
-        weight = linear.weight
-        self.hessian = Hessian(weight.shape[1], weight.device)
+    def __init__(self, linear: Linear, weights: torch.Tensor | None) -> None:
+        """weights: [length] float32, how often a token of a sequence counts; None: once."""
+        self.linear, self.weights = linear, weights
+        self.hessian = Hessian(linear.weight.shape[1], linear.weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self.hessian.add(x)
+        self._record(x)
         return self.linear(x)
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
-        self.hessian.add(x)
+        self._record(x)
         return self.linear.gated(x)
+
+    def _record(self, x: torch.Tensor) -> None:
+        weights = self.weights
+        self.hessian.add(x, None if weights is None else weights.repeat(len(x) // len(weights)))
 
 
 @torch.inference_mode()
@@ -116,9 +147,14 @@ def quantize_checkpoint(
     config = ModelConfig.from_directory(job.source)
     if config.quantization is not None:
         raise ValueError(f"{job.source} is quantised already; give the checkpoint it was made from")
+    if job.quantize_lm_head and config.vocab_size * job.config.bits % WORD_BITS:
+        raise ValueError(
+            f"the head of {job.source} has {config.vocab_size} outputs, whose zero points do not "
+            f"fill words of {job.config.bits} bits; quantise without quantize_lm_head"
+        )
     state = _State(job, token_ids)
     with Checkpoint(job.source) as checkpoint:
-        embedding = checkpoint.get("model.embed_tokens.weight")
+        embedding = checkpoint.get(_EMBEDDING)
         activations = embed(token_ids.to(job.device), embedding.to(job.device, job.dtype))
         rope = RotaryTable(config.rope, config.head_dim, token_ids.shape[1], job.device)
         like = torch.empty(0, dtype=job.dtype, device=job.device)
@@ -143,49 +179,95 @@ def quantize_checkpoint(
                 seconds = time.perf_counter() - start
                 state.add(LayerReport(layer_idx, config.num_layers, errors, seconds))
                 report(state.reports[-1])
-            _run_in_place(layer, rope, activations)
-        rest = [name for name in checkpoint.names if not name.startswith("model.layers.")]
-        save_safetensors(
-            {name: checkpoint.get(name) for name in rest}, job.target / "rest.safetensors"
-        )
+            run_in_place(layer, rope, activations)
+        rest = {
+            name: checkpoint.get(name)
+            for name in checkpoint.names
+            if not name.startswith("model.layers.")
+        }
+        if job.quantize_lm_head:
+            rest |= _quantize_head(config, rest, activations, job)
+            rest.pop(_HEAD, None)
+        save_safetensors(rest, job.target / "rest.safetensors")
     _write_index(job)
     state.remove()
     return state.reports
+
+
+def _quantize_head(
+    config: ModelConfig, tensors: dict[str, torch.Tensor], activations: Activations, job: Job
+) -> dict[str, torch.Tensor]:
+    """The packed head by its published names; tensors: those of the checkpoint beside layers."""
+    norm = tensors["model.norm.weight"].to(job.device, job.dtype)
+    kernels = select_kernels(job.device)
+    hessian = Hessian(config.hidden_size, job.device)
+    for x, residual in activations.batches():
+        x, residual = (part.reshape(-1, config.hidden_size) for part in (x, residual))
+        hessian.add(kernels.add_rms_norm(x, residual.clone(), norm, config.rms_norm_eps))
+    weight = tensors.get(_HEAD, tensors[_EMBEDDING]).to(job.device, torch.float32)
+    matrix = job.method.quantize(weight, hessian.matrix, job.config)
+    packed = pack_matrix(matrix, job.config.bits, job.checkpoint_format)
+    return {f"lm_head.{key}": value for key, value in packed._asdict().items()}
+
+
+def record_hessians(
+    layer: DecoderLayer,
+    rope: RotaryTable,
+    activations: Activations,
+    first_token_weight: float = 1.0,
+) -> dict[str, torch.Tensor]:
+    """Matrix of the layer -> Hessian of what it is multiplied with, [num_inputs, num_inputs].
+
+    first_token_weight: see `Job`.
+    """
+    linears = plain_linears(layer)
+    # Only what makes keys and values: every later token reads those of the first.
+    weights = torch.ones(activations.residual.shape[1], device=activations.residual.device)
+    weights[0] = first_token_weight
+    recorders = {
+        name: _Recorder(linear, weights if name in _READ_BY_OTHERS else None)
+        for name, linear in linears.items()
+    }
+    _replace(layer, recorders)
+    for batch in activations.batches():
+        run_layer(layer, rope, batch)
+    _replace(layer, linears)
+    return {name: recorder.hessian.matrix for name, recorder in recorders.items()}
 
 
 def _quantize_layer(
     layer: DecoderLayer, rope: RotaryTable, activations: Activations, job: Job
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The layer's packed matrices by their published names, and errors; mutates its weights."""
-    linears = _plain_linears(layer)
-    recorders = {name: _Recorder(linear) for name, linear in linears.items()}
-    _replace(layer, recorders)
-    for batch in activations.batches():
-        run_layer(layer, rope, batch)
-    _replace(layer, linears)
+    hessians = record_hessians(layer, rope, activations, job.first_token_weight)
     tensors: dict[str, torch.Tensor] = {}
     errors: dict[str, float] = {}
-    for name, linear in linears.items():
-        hessian = recorders[name].hessian.matrix
-        if job.method is Method.GPTQ:
-            matrix = quantize(linear.weight, hessian, job.config)
-        else:
-            matrix = round_to_nearest(linear.weight, job.config)
-        errors[name] = relative_error(linear.weight, matrix, hessian)
+    for name, linear in plain_linears(layer).items():
+        matrix = job.method.quantize(linear.weight, hessians[name], job.config)
+        errors[name] = relative_error(linear.weight, matrix, hessians[name])
         linear.weight.copy_(matrix.dequantize())
-        for path, rows in _published_rows(layer, name):
-            own = QuantizedMatrix(
-                matrix.q[rows], matrix.scales[:, rows], matrix.zeros[:, rows], matrix.g_idx
-            )
-            packed = pack_matrix(own, job.config.bits, job.checkpoint_format)
-            # Copies: what shares memory cannot stand in one file.
-            tensors |= {f"{path}.{key}": value.clone() for key, value in packed._asdict().items()}
+        tensors |= _packed_tensors(layer, name, matrix, job)
     return tensors, errors
+
+
+def _packed_tensors(
+    layer: DecoderLayer, name: str, matrix: QuantizedMatrix, job: Job
+) -> dict[str, torch.Tensor]:
+    """A matrix of the layer as a checkpoint has it: in parts, each with tensors of its own."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path, rows in _published_rows(layer, name):
+        own = QuantizedMatrix(
+            matrix.q[rows], matrix.scales[:, rows], matrix.zeros[:, rows], matrix.g_idx
+        )
+        packed = pack_matrix(own, job.config.bits, job.checkpoint_format)
+        # Copies: what shares memory cannot stand in one file.
+        tensors |= {f"{path}.{key}": value.clone() for key, value in packed._asdict().items()}
+    return tensors
 
 
 def _restore(layer: DecoderLayer, tensors: dict[str, torch.Tensor], prefix: str, job: Job) -> None:
     """Put the weights that an earlier run quantised into the layer."""
-    for name, linear in _plain_linears(layer).items():
+    for name, linear in plain_linears(layer).items():
         for path, rows in _published_rows(layer, name):
             parts = (tensors[f"{prefix}{path}.{key}"] for key in PackedMatrix._fields)
             matrix = unpack_matrix(PackedMatrix(*parts), job.config.bits, job.checkpoint_format)
@@ -200,14 +282,15 @@ def _published_rows(layer: DecoderLayer, name: str) -> Iterator[tuple[str, slice
         start += num_outputs
 
 
-def _run_in_place(layer: DecoderLayer, rope: RotaryTable, activations: Activations) -> None:
+def run_in_place(layer: DecoderLayer, rope: RotaryTable, activations: Activations) -> None:
     """Replace what goes into the layer by what comes out."""
     for batch in activations.batches():
         for target, result in zip(batch, run_layer(layer, rope, batch), strict=True):
             target.copy_(result)
 
 
-def _plain_linears(layer: DecoderLayer) -> dict[str, Linear]:
+def plain_linears(layer: DecoderLayer) -> dict[str, Linear]:
+    """Matrix of the layer -> where its weights are."""
     linears = layer_linears(layer)
     return {name: linear for name, linear in linears.items() if isinstance(linear, Linear)}
 
@@ -233,6 +316,8 @@ class _State:
             "method": job.method.value,
             "checkpoint_format": job.checkpoint_format,
             "dtype": str(job.dtype),
+            "quantize_lm_head": job.quantize_lm_head,
+            "first_token_weight": job.first_token_weight,
             "config": asdict(job.config),
             "calibration": hashlib.sha256(token_ids.numpy().tobytes()).hexdigest(),
         }
@@ -269,7 +354,7 @@ def _write_index(job: Job) -> None:
     settings = {
         **{name: value for name, value in asdict(job.config).items() if name != "mse"},
         "checkpoint_format": job.checkpoint_format,
-        "lm_head": False,
+        "lm_head": job.quantize_lm_head,
         "true_sequential": False,
     }
     write_json_atomically(job.target / "quantize_config.json", settings)
@@ -277,6 +362,8 @@ def _write_index(job: Job) -> None:
     write_json_atomically(job.target / "model.safetensors.index.json", index)
     config = json.loads((job.source / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "gptq", **settings}
+    if job.quantize_lm_head:
+        config["tie_word_embeddings"] = False
     write_json_atomically(job.target / "config.json", config)
 
 
@@ -292,6 +379,7 @@ def dequantize_checkpoint(source: Path, target: Path, dtype: torch.dtype) -> Non
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; give another output folder")
     scheme = Scheme.from_checkpoint(config.quantization)
+    head_scheme = Scheme.of_head(config.quantization) or scheme
     target.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     with Checkpoint(source) as checkpoint:
@@ -299,9 +387,8 @@ def dequantize_checkpoint(source: Path, target: Path, dtype: torch.dtype) -> Non
             stem, _, kind = name.rpartition(".")
             if kind == "qweight":
                 parts = (checkpoint.get(f"{stem}.{key}") for key in PackedMatrix._fields)
-                matrix = unpack_matrix(
-                    PackedMatrix(*parts), scheme.config.bits, scheme.checkpoint_format
-                )
+                own = head_scheme if stem == "lm_head" else scheme
+                matrix = unpack_matrix(PackedMatrix(*parts), own.config.bits, own.checkpoint_format)
                 tensors[f"{stem}.weight"] = matrix.dequantize().to(dtype)
             elif kind not in PackedMatrix._fields:
                 tensors[name] = checkpoint.get(name).to(dtype)

@@ -6,11 +6,20 @@ from typing import Any, NamedTuple
 import torch
 
 from folovllm.kernels.selection import Kernels
-from folovllm.model.linear import INITIAL_STD, LinearFactory, Part, Slice, plain_linears
+from folovllm.model.linear import (
+    INITIAL_STD,
+    LinearFactory,
+    Linears,
+    Part,
+    Slice,
+    plain_linears,
+)
 from folovllm.setting_checks import is_int
 
 from .gptq import QuantizationConfig, QuantizedMatrix
 from .packing import V1, V2, PackedMatrix, unpack_matrix
+
+_HEAD = "lm_head"
 
 
 class Scheme(NamedTuple):
@@ -34,10 +43,12 @@ class Scheme(NamedTuple):
                 f"checkpoint_format must be {V1!r} or {V2!r}, got {checkpoint_format!r}; convert "
                 f"the checkpoint to one of them"
             )
-        if quantization.get("lm_head"):
-            raise ValueError("a quantised lm_head is not supported; quantise without it")
-        if quantization.get("dynamic"):
-            raise ValueError("layers of unequal bits ('dynamic') are not supported")
+        unequal = set(quantization.get("dynamic") or {}) - {_HEAD}
+        if unequal:
+            raise ValueError(
+                f"layers of unequal bits ('dynamic': {', '.join(sorted(unequal))}) are not "
+                f"supported; quantise all layers in the same way"
+            )
         for name in ("bits", "group_size"):
             if not is_int(quantization.get(name)):
                 raise ValueError(
@@ -52,12 +63,23 @@ class Scheme(NamedTuple):
         )
         return cls(config, checkpoint_format)
 
+    @classmethod
+    def of_head(cls, quantization: Mapping[str, Any]) -> "Scheme | None":
+        """Likewise of the head; None: it is not quantised.
+
+        GPTQModel says under `dynamic` what is different from the layers.
+        """
+        if not quantization.get(_HEAD):
+            return None
+        own = (quantization.get("dynamic") or {}).get(_HEAD) or {}
+        return cls.from_checkpoint({**quantization, **own, "dynamic": None})
+
 
 class QuantizedLinear(Part):
     """y = x W^T + b with packed integers.
 
-    On a GPU the kernels multiply with 4-bit words; on a CPU, and for other numbers of bits, the
-    weights are written out once, when they are loaded.
+    On a GPU the kernels multiply with 4-bit words, on a CPU torch's product does in bfloat16;
+    elsewhere the weights are written out once, when they are loaded.
     """
 
     def __init__(
@@ -91,6 +113,7 @@ class QuantizedLinear(Part):
 
     def targets(self, slices: Sequence[Slice]) -> dict[str, torch.Tensor]:
         self.packed = self._empty(len(slices))
+        biases = self.packed["bias"] if self.bias is None else self.bias
         per_word = 32 // self.scheme.config.bits if 32 % self.scheme.config.bits == 0 else 32
         targets: dict[str, torch.Tensor] = {}
         start = 0
@@ -106,10 +129,17 @@ class QuantizedLinear(Part):
             targets[f"{name}.qzeros"] = self.packed["qzeros"][:, words]
             targets[f"{name}.scales"] = self.packed["scales"][:, start:end]
             targets[f"{name}.g_idx"] = self.packed["g_idx"][index]
-            if self.bias is not None:
-                targets[f"{name}.bias"] = self.bias[start:end]
+            targets[f"{name}.bias"] = biases[start:end]
             start = end
         return targets
+
+    def optional(self, slices: Sequence[Slice]) -> frozenset[str]:
+        """Groups where they are neighbours; biases where the model has none (AutoGPTQ writes zeros
+        for every matrix)."""
+        kinds = {"bias"} if self.bias is None else set()
+        if not self.scheme.config.desc_act:
+            kinds.add("g_idx")
+        return frozenset(f"{name}.{kind}" for name, _ in slices for kind in kinds)
 
     def _empty(self, num_slices: int) -> dict[str, torch.Tensor]:
         config, device = self.scheme.config, self.like.device
@@ -118,17 +148,32 @@ class QuantizedLinear(Part):
             "qweight": (self.in_features * config.bits // 32, self.out_features),
             "qzeros": (num_groups, self.out_features * config.bits // 32),
             "scales": (num_groups, self.out_features),
-            "g_idx": (num_slices, self.in_features),
         }
-        return {
+        empty = {
             name: torch.empty(
                 shape, dtype=torch.float16 if name == "scales" else torch.int32, device=device
             )
             for name, shape in shapes.items()
         }
+        return {
+            **empty,
+            "g_idx": self._neighbours().expand(num_slices, -1).clone(),
+            "bias": self.like.new_zeros(self.out_features),
+        }
+
+    def _neighbours(self) -> torch.Tensor:
+        """Groups of columns that are neighbours: [num_inputs] int32."""
+        size = self.scheme.config.columns_per_group(self.in_features)
+        columns = torch.arange(self.in_features, device=self.like.device)
+        return (columns // size).to(torch.int32)
 
     def finish(self) -> None:
         packed = self.packed
+        if packed["bias"].any():
+            raise ValueError(
+                "this checkpoint has biases where its config.json says that there are none; check "
+                "attention_bias and mlp_bias in config.json"
+            )
         g_idx = packed["g_idx"]
         if (g_idx != g_idx[0]).any():
             raise ValueError(
@@ -171,7 +216,7 @@ class QuantizedLinear(Part):
                 q=q,
                 scales=torch.full(shape, scale, dtype=torch.float16, device=device).float(),
                 zeros=torch.full(shape, levels // 2, dtype=torch.int32, device=device),
-                g_idx=(torch.arange(self.in_features, device=device) // size).to(torch.int32),
+                g_idx=self._neighbours(),
             )
         )
         if self.bias is not None:
@@ -179,8 +224,12 @@ class QuantizedLinear(Part):
 
     def _set_matrix(self, matrix: QuantizedMatrix) -> None:
         self.packed = {}
-        has_kernels = self.like.device.type == "cuda" and self.scheme.config.bits == 4
-        make = Int4Product if has_kernels and self.in_features % 8 == 0 else WrittenOutProduct
+        make: type[WrittenOutProduct | Int4Product | CpuInt4Product] = WrittenOutProduct
+        if self.scheme.config.bits == 4:
+            if self.like.device.type == "cuda" and self.in_features % 8 == 0:
+                make = Int4Product
+            elif CpuInt4Product.can_compute(matrix, self.like):
+                make = CpuInt4Product
         self.product = make(matrix, self.bias, self.kernels, self.like)
 
 
@@ -199,6 +248,54 @@ class WrittenOutProduct(Part):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.kernels.linear(x, self.weight, self.bias)
+
+
+class CpuInt4Product(Part):
+    """torch's packed product: the weights at 4 bits, in bfloat16 on a CPU.
+
+    In float32 it is many times slower than the product of written out weights, which is used there.
+    """
+
+    _GROUP_SIZES = (32, 64, 128, 256)
+    _LEAST_OUTPUTS = 16
+    """Outputs of a block in torch's order; there are no others."""
+
+    def __init__(
+        self,
+        matrix: QuantizedMatrix,
+        bias: torch.Tensor | None,
+        kernels: Kernels,
+        like: torch.Tensor,
+    ) -> None:
+        groups = matrix.g_idx.to(torch.int64)
+        order = torch.argsort(groups, stable=True)
+        self.bias, self.group_size = bias, len(groups) // len(matrix.scales)
+        self.order = None if bool((groups.diff() >= 0).all()) else order
+        q = matrix.q[:, order].to(torch.int32).contiguous()
+        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+        # Of w = (q - 8) * scale + offset.
+        offsets = (8 - matrix.zeros) * matrix.scales
+        self.scales = torch.stack((matrix.scales, offsets), dim=-1).to(like.dtype)
+
+    @classmethod
+    def can_compute(cls, matrix: QuantizedMatrix, like: torch.Tensor) -> bool:
+        """Groups must be equal, of a size that the product has."""
+        sizes = torch.bincount(matrix.g_idx, minlength=len(matrix.scales)).unique().tolist()
+        return (
+            like.device.type == "cpu"
+            and like.dtype == torch.bfloat16
+            and len(matrix.q) % cls._LEAST_OUTPUTS == 0
+            and len(sizes) == 1
+            and sizes[0] in cls._GROUP_SIZES
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.order is not None:
+            x = x[:, self.order]
+        out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), self.weight, self.group_size, self.scales
+        )
+        return out if self.bias is None else out + self.bias
 
 
 class Int4Product(Part):
@@ -220,17 +317,20 @@ class Int4Product(Part):
         return self.multiply(x, self.weight, self.bias)
 
 
-def linears_of(quantization: dict[str, Any] | None) -> LinearFactory:
+def linears_of(quantization: dict[str, Any] | None) -> Linears:
     """Plain matrices for an unquantised checkpoint, packed ones for one of this format."""
     if quantization is None:
         return plain_linears(None)
-    return _linears(Scheme.from_checkpoint(quantization))
+    head = Scheme.of_head(quantization)
+    return Linears(
+        _linears(Scheme.from_checkpoint(quantization)), None if head is None else _linears(head)
+    )
 
 
-def random_linears_of(quantization: dict[str, Any] | None) -> LinearFactory:
+def random_linears_of(quantization: dict[str, Any] | None) -> Linears:
     """Packed matrices for random weights, of 4 bits where nothing else is said."""
     if quantization is None:
-        return _linears(Scheme(QuantizationConfig(), V1))
+        return Linears(_linears(Scheme(QuantizationConfig(), V1)))
     return linears_of(quantization)
 
 

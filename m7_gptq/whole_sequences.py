@@ -10,7 +10,12 @@ from folovllm.model.rope import RotaryTable
 from folovllm.model.transformer import CausalLM, DecoderLayer
 
 _MOST_TOKENS = 4096
-"""Computed at a time."""
+"""Computed at a time: enough for a GPU, and little memory."""
+
+
+def sequences_at_a_time(length: int) -> int:
+    """Of sequences of this length."""
+    return max(1, _MOST_TOKENS // length)
 
 
 class Activations(NamedTuple):
@@ -23,7 +28,7 @@ class Activations(NamedTuple):
 
     def batches(self) -> Iterator["Activations"]:
         """Views of as many sequences as are computed at a time."""
-        size = max(1, _MOST_TOKENS // self.residual.shape[1])
+        size = sequences_at_a_time(self.residual.shape[1])
         parts = zip(self.contribution.split(size), self.residual.split(size), strict=True)
         yield from map(Activations._make, parts)
 
@@ -52,18 +57,19 @@ def run_layer(layer: DecoderLayer, rope: RotaryTable, batch: Activations) -> Act
 
 
 def mean_nll(model: CausalLM, token_ids: torch.Tensor) -> float:
-    """Mean negative log-likelihood of a sequence's tokens behind its first, in nats.
+    """Mean negative log-likelihood of the sequences' tokens behind their first, in nats.
 
-    token_ids: [length] int64 on the model's device.
+    token_ids: [num_sequences, length] int64 on the model's device. All sequences go through a layer
+    at once, but only one of them at a time has logits.
     """
-    activations = embed(token_ids[None], model.embed_tokens)
+    activations = embed(token_ids, model.embed_tokens)
     for layer in model.layers:
         activations = run_layer(layer, model.rope, activations)
-    hidden = model.kernels.add_rms_norm(
-        activations.contribution[0],
-        activations.residual[0].clone(),
-        model.norm,
-        model.config.rms_norm_eps,
-    )
-    logits = model.compute_logits(hidden[:-1])
-    return F.cross_entropy(logits.to(torch.float32), token_ids[1:]).item()
+    total = torch.zeros((), dtype=torch.float64, device=token_ids.device)
+    for tokens, x, residual in zip(token_ids, *activations, strict=True):
+        hidden = model.kernels.add_rms_norm(
+            x, residual.clone(), model.norm, model.config.rms_norm_eps
+        )
+        logits = model.compute_logits(hidden[:-1]).to(torch.float32)
+        total += F.cross_entropy(logits, tokens[1:])
+    return total.item() / len(token_ids)

@@ -86,7 +86,7 @@ def test_quantize_equals_brain_surgeon_by_brute_force(options, group_size) -> No
 
 
 @pytest.mark.parametrize("num_inputs", [128, 256, 384])
-@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("group_size", [32, 48, 64, 128, 160, 256, -1])
 def test_blocks_of_columns_change_nothing_but_the_order_of_work(num_inputs, group_size) -> None:
     weight, hessian, _ = problem(num_outputs=4, num_inputs=num_inputs, seed=1)
     config = QuantizationConfig(group_size=group_size)
@@ -180,7 +180,18 @@ def test_hessian_is_a_mean_however_inputs_arrive() -> None:
         by_parts.add(part)
     torch.testing.assert_close(at_once.matrix, 2 * x.t() @ x / 500, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(by_parts.matrix, at_once.matrix, rtol=1e-4, atol=1e-4)
-    assert by_parts.num_rows == 500
+    assert by_parts.total_weight == 500
+
+
+def test_token_that_counts_three_times_is_as_good_as_three_of_it() -> None:
+    x = problem()[2]
+    weighted, repeated = Hessian(64, x.device), Hessian(64, x.device)
+    weights = torch.ones(500)
+    weights[7] = 3.0
+    weighted.add(x[:9], weights[:9])
+    weighted.add(x[9:], weights[9:])
+    repeated.add(torch.cat([x, x[7:8], x[7:8]]))
+    torch.testing.assert_close(weighted.matrix, repeated.matrix, rtol=1e-4, atol=1e-4)
 
 
 def test_inputs_that_are_not_positive_definite_are_refused_with_what_to_do() -> None:

@@ -39,8 +39,11 @@ class LinearLayer(Protocol):
         slices: the checkpoint's matrices, in the order in which they make up this one.
         """
 
+    def optional(self, slices: Sequence[Slice]) -> frozenset[str]:
+        """Those of the targets that a checkpoint may leave out."""
+
     def finish(self) -> None:
-        """Called once, when all targets are filled."""
+        """Called once, when all targets are filled that the checkpoint has."""
 
     def randomize(self, generator: torch.Generator) -> None:
         """Fill with random weights instead; biases are 0."""
@@ -66,7 +69,16 @@ class LinearFactory(Protocol):
 INITIAL_STD = 0.02
 """Standard deviation of random weights; what the published models were initialised with."""
 
-LinearsOf = Callable[[dict[str, Any] | None], LinearFactory]
+
+class Linears(NamedTuple):
+    """What makes the matrices of a model."""
+
+    of_layers: LinearFactory
+    of_head: LinearFactory | None = None
+    """None: logits come from a table as it is, which may be the embedding's."""
+
+
+LinearsOf = Callable[[dict[str, Any] | None], Linears]
 """What matrices a checkpoint wants, by the quantisation that its config names (None: none).
 ValueError if they cannot be had."""
 
@@ -102,6 +114,9 @@ class Linear(Part):
             start += num_outputs
         return targets
 
+    def optional(self, slices: Sequence[Slice]) -> frozenset[str]:
+        return frozenset()
+
     def finish(self) -> None: ...
 
     def randomize(self, generator: torch.Generator) -> None:
@@ -114,11 +129,14 @@ class Linear(Part):
         return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
 
 
-def plain_linears(quantization: dict[str, Any] | None) -> LinearFactory:
+PLAIN = Linears(Linear)
+
+
+def plain_linears(quantization: dict[str, Any] | None) -> Linears:
     """Refuses every quantised checkpoint."""
     if quantization is not None:
         raise ValueError(
             f"this checkpoint is quantised ({quantization.get('quant_method')}); give an "
             f"unquantised one, or run it in a stage that computes with such weights"
         )
-    return Linear
+    return PLAIN

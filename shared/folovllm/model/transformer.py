@@ -9,6 +9,7 @@ of several hundred modules and parameters are host time in every eager step.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from ..interfaces import AttendFn
 from ..kernels.selection import Kernels
 from .config import ModelConfig
-from .linear import Linear, LinearFactory, Part
+from .linear import PLAIN, Linear, LinearFactory, Linears, Part
 from .rope import RotaryTable
 
 
@@ -131,22 +132,27 @@ class CausalLM:
         kernels: Kernels,
         dtype: torch.dtype,
         device: torch.device,
-        linear: LinearFactory = Linear,
+        linears: Linears = PLAIN,
     ) -> None:
         like = torch.empty(0, dtype=dtype, device=device)
+        if linears.of_head is not None:  # a head in another format than the embedding
+            config = replace(config, tie_word_embeddings=False)
         self.config, self.kernels, self.dtype, self.device = config, kernels, dtype, device
         self.embed_tokens = like.new_empty(config.vocab_size, config.hidden_size)
         self.layers = [
-            DecoderLayer(config, layer_idx, kernels, like, linear)
+            DecoderLayer(config, layer_idx, kernels, like, linears.of_layers)
             for layer_idx in range(config.num_layers)
         ]
         self.norm = like.new_empty(config.hidden_size)
-        self.lm_head = (
-            self.embed_tokens
-            if config.tie_word_embeddings
-            else like.new_empty(config.vocab_size, config.hidden_size)
-        )
+        self.lm_head = self._head(like, linears.of_head)
+        """[vocab_size, hidden_size], or a LinearLayer"""
         self.rope = RotaryTable(config.rope, config.head_dim, config.num_positions, device)
+
+    def _head(self, like: torch.Tensor, linear: LinearFactory | None) -> Any:
+        shape = self.config.vocab_size, self.config.hidden_size
+        if linear is not None:
+            return linear(shape[1], shape[0], False, self.kernels, like)
+        return self.embed_tokens if self.config.tie_word_embeddings else like.new_empty(shape)
 
     def __call__(
         self, input_ids: torch.Tensor, positions: torch.Tensor, attend: AttendFn
@@ -165,7 +171,10 @@ class CausalLM:
 
         The result is written to `out` if that is given, a tensor of its shape.
         """
-        return torch.mm(hidden, self.lm_head.t(), out=out)
+        if isinstance(self.lm_head, torch.Tensor):
+            return torch.mm(hidden, self.lm_head.t(), out=out)
+        logits: torch.Tensor = self.lm_head(hidden)
+        return logits if out is None else out.copy_(logits)
 
     def named_members(self) -> Iterator[tuple[str, Any]]:
         """(dotted name, tensor or LinearLayer), in order; tied embeddings come once."""

@@ -44,7 +44,7 @@ def load_safetensors(model: CausalLM, directory: Path) -> None:
     that do not fit; the model must then not be used.
     """
     targets = published_tensors(model)
-    missing: set[str] = set(targets)
+    missing = set(targets) - _optional_tensors(model)
     unexpected, misshapen, other_kind = [], [], []
     for name, tensor in iter_safetensors(directory):
         if name == _HEAD and model.config.tie_word_embeddings:
@@ -74,9 +74,9 @@ def load_safetensors(model: CausalLM, directory: Path) -> None:
             f"the weights in {directory} do not fit its config.json "
             f"({model.config.model_type}); {listed}"
         )
-    for layer in model.layers:
-        for linear in layer_linears(layer).values():
-            linear.finish()
+    for _, member in model.named_members():
+        if not isinstance(member, torch.Tensor):
+            member.finish()
 
 
 def _is_convertible(tensor: torch.Tensor, target: torch.Tensor) -> bool:
@@ -103,6 +103,8 @@ def save_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     # The format entry is what Transformers asks for before it opens a file.
     save_file(on_host, str(partial), metadata={"format": "pt"})
+    # safetensors makes files that nobody else may read; a model is often another user's to run.
+    partial.chmod(0o644)
     partial.replace(path)
 
 
@@ -206,12 +208,28 @@ def published_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
     Merged matrices have a target for each of the matrices that make them up.
     """
     targets = {_EMBEDDING: model.embed_tokens, "model.norm.weight": model.norm}
-    if not model.config.tie_word_embeddings:
-        targets[_HEAD] = model.lm_head
+    if isinstance(model.lm_head, torch.Tensor):
+        if not model.config.tie_word_embeddings:
+            targets[_HEAD] = model.lm_head
+    else:
+        targets |= model.lm_head.targets(head_slices(model.config))
     for index, layer in enumerate(model.layers):
         prefix = f"model.layers.{index}."
         targets |= {prefix + name: tensor for name, tensor in layer_tensors(layer).items()}
     return targets
+
+
+def _optional_tensors(model: CausalLM) -> set[str]:
+    """Those of `published_tensors` that a checkpoint may leave out."""
+    names = set()
+    if not isinstance(model.lm_head, torch.Tensor):
+        names |= model.lm_head.optional(head_slices(model.config))
+    for index, layer in enumerate(model.layers):
+        slices = layer_slices(layer.self_attn.config)
+        for part, linear in layer_linears(layer).items():
+            prefix = f"model.layers.{index}.{part.rpartition('.')[0]}."
+            names |= {prefix + name for name in linear.optional(slices[part])}
+    return names
 
 
 def layer_tensors(layer: DecoderLayer) -> dict[str, torch.Tensor]:
@@ -240,6 +258,11 @@ def layer_linears(layer: DecoderLayer) -> dict[str, LinearLayer]:
         "mlp.gate_up_proj": layer.mlp.gate_up_proj,
         "mlp.down_proj": layer.mlp.down_proj,
     }
+
+
+def head_slices(config: ModelConfig) -> tuple[Slice, ...]:
+    """What a head that is a `LinearLayer` is in a checkpoint."""
+    return (Slice("lm_head", config.vocab_size),)
 
 
 def layer_slices(config: ModelConfig) -> dict[str, tuple[Slice, ...]]:
