@@ -99,8 +99,10 @@ class LLM:
         config = self._limit_model_len(config, was_given="max_model_len" in engine_options)
         with kv_cache_allocation():
             self.engine = self.engine_class(config, self.model)
-        self._requests = self._make_request_builder(config, seed)
-        self._shared = SharedEngine(self.engine, self._use_device)
+        self.request_settings = self._make_request_settings(config, seed)
+        """What a RequestBuilder for this engine needs, but for the tokenizer, by name."""
+        self._requests = RequestBuilder(tokenizer=self.tokenizer, **self.request_settings)
+        self._shared = SharedEngine(self.engine, self.use_device)
 
     def generate(
         self,
@@ -236,18 +238,17 @@ class LLM:
             self._shared.run(states, progress.update)
         return [state.output() for state in states]
 
-    def _make_request_builder(self, config: Any, seed: int) -> RequestBuilder:
+    def _make_request_settings(self, config: Any, seed: int) -> dict[str, Any]:
         policy = getattr(config, "scheduling_policy", "fcfs")
-        return RequestBuilder(
-            tokenizer=self.tokenizer,
-            vocab_size=self.model.config.vocab_size,
-            max_model_len=config.max_model_len,
-            eos_token_ids=self._eos_token_ids(),
-            seed=seed,
-            scheduling_policy=policy.value if isinstance(policy, Enum) else policy,
-        )
+        return {
+            "vocab_size": self.model.config.vocab_size,
+            "max_model_len": config.max_model_len,
+            "eos_token_ids": self._eos_token_ids(),
+            "seed": seed,
+            "scheduling_policy": policy.value if isinstance(policy, Enum) else policy,
+        }
 
-    def _use_device(self) -> None:
+    def use_device(self) -> None:
         """Make the model's device the current one of this thread, where Triton launches."""
         device = getattr(self.model, "device", None)
         if device is not None and device.index is not None:

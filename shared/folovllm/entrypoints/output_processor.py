@@ -39,6 +39,8 @@ class CompletionState:
         self._raw_logprobs: list[TokenLogprobs] = []
         self._logprobs: list[dict[int, Logprob]] = []
         self._cumulative_logprob = 0.0
+        self._num_taken_tokens = 0
+        """Those that `take_delta` has handed out."""
         self._stop_reason: int | str | None = None
 
     @property
@@ -58,18 +60,38 @@ class CompletionState:
 
     def output(self) -> CompletionOutput:
         """A copy of the present state."""
-        with_logprobs = self.request.sampling_params.logprobs is not None
+        text = self._text()
+        self._text_parts = [text]
+        return self._output(text, first=0)
+
+    def take_delta(self) -> CompletionOutput | None:
+        """What is new since the last call, None if nothing is; at the cost of that alone.
+
+        A completion is read by this or by `output`, not by both.
+        """
+        first = self._num_taken_tokens
+        if first == len(self._token_ids):
+            return None
+        text = self._text()
+        self._text_parts = []
+        self._num_taken_tokens = len(self._token_ids)
+        return self._output(text, first)
+
+    def _text(self) -> str:
         if not self._is_text_complete:
             self._decode()
+        return "".join(self._text_parts)
+
+    def _output(self, text: str, first: int) -> CompletionOutput:
+        """With the tokens from `first` on."""
+        with_logprobs = self.request.sampling_params.logprobs is not None
         self._describe_logprobs()
-        text = "".join(self._text_parts)
-        self._text_parts = [text]
         return CompletionOutput(
             index=self._index,
             text=text,
-            token_ids=list(self._token_ids),
+            token_ids=self._token_ids[first:],
             cumulative_logprob=self._cumulative_logprob if with_logprobs else None,
-            logprobs=list(self._logprobs) if with_logprobs else None,
+            logprobs=self._logprobs[first:] if with_logprobs else None,
             finish_reason=None if self.finish_reason is None else self.finish_reason.value,
             stop_reason=self._stop_reason,
         )
@@ -124,7 +146,7 @@ class PromptState:
         self.num_output_tokens = 0
         """Of all completions together; it grows whenever there is something new to see."""
         self.num_prompt_tokens = len(prompt.token_ids)
-        self._request_id = request_id
+        self.request_id = request_id
         self._prompt = prompt
         self._arrival_time = arrival
         self._first_token_time: float | None = None
@@ -141,13 +163,31 @@ class PromptState:
         if self._first_token_time is None:
             self._first_token_time = now
 
+    def note_cached_tokens(self, request_id: str, num_cached_tokens: int | None) -> None:
+        """What the engine found of this prompt, where its requests are others than ours."""
+        for completion in self.completions:
+            if completion.request.request_id == request_id:
+                completion.request.num_cached_tokens = num_cached_tokens
+
     def output(self) -> RequestOutput:
         """A copy of the present state."""
+        outputs = [completion.output() for completion in self.completions]
+        return self._output(outputs, list(self._prompt.token_ids))
+
+    def take_delta(self) -> RequestOutput:
+        """The completions of which something is new, and of these that; the prompt is no copy."""
+        deltas = [completion.take_delta() for completion in self.completions]
+        outputs = [delta for delta in deltas if delta is not None]
+        return self._output(outputs, self._prompt.token_ids)
+
+    def _output(
+        self, outputs: list[CompletionOutput], prompt_token_ids: list[int]
+    ) -> RequestOutput:
         return RequestOutput(
-            request_id=self._request_id,
+            request_id=self.request_id,
             prompt=self._prompt.text,
-            prompt_token_ids=list(self._prompt.token_ids),
-            outputs=[completion.output() for completion in self.completions],
+            prompt_token_ids=prompt_token_ids,
+            outputs=outputs,
             finished=self.finished,
             metrics=RequestMetrics(
                 self._arrival_time, self._first_token_time, self._last_token_time
