@@ -314,6 +314,23 @@ def test_chat_takes_one_conversation_or_several(make_llm):
     ]
 
 
+def test_options_of_chat_reach_the_template(make_llm):
+    llm = make_llm()
+    template = "{{ mood }} {{ tools | length }}{{ messages[0].content }};"
+    (output,) = llm.chat(
+        [{"role": "user", "content": [{"type": "text", "text": "dog"}]}],
+        FULL,
+        use_tqdm=False,
+        chat_template=template,
+        chat_template_content_format="string",
+        add_generation_prompt=False,
+        continue_final_message=True,
+        tools=[{"type": "function"}],
+        chat_template_kwargs={"mood": "lazy"},
+    )
+    assert output.prompt == "lazy 1dog"
+
+
 def test_chat_refuses_what_is_no_conversation(make_llm):
     llm = make_llm()
     for wrong in ([], [[]], [{"role": "user"}], "Hello", {"role": "user", "content": "x"}, None):
