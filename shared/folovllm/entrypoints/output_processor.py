@@ -23,6 +23,7 @@ class CompletionState:
         self.request = request
         self.finish_reason: FinishReason | None = None
         self._index = index
+        tokenizer = tokenizer if params.detokenize else None
         self._tokenizer = tokenizer
         self._detokenizer = (
             None
@@ -55,6 +56,14 @@ class CompletionState:
         self.finish_reason = token.finish_reason
         if self._is_searched:
             self._search(token.token_id)
+
+    def describe_prompt(self) -> list[dict[int, Logprob] | None] | None:
+        """Log-probabilities of the prompt in the form that callers get; None if there are none."""
+        if not self._token_ids or self.request.sampling_params.prompt_logprobs is None:
+            return None
+        token_ids = self.request.prompt_token_ids[1:]
+        positions = zip(self.request.prompt_logprobs, token_ids, strict=True)
+        return [None, *(make_logprobs(*position, self._tokenizer) for position in positions)]
 
     def output(self) -> CompletionOutput:
         """A copy of the present state."""
@@ -129,6 +138,7 @@ class PromptState:
         self._arrival_time = arrival
         self._first_token_time: float | None = None
         self._last_token_time: float | None = None
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def finished(self) -> bool:
@@ -143,6 +153,9 @@ class PromptState:
 
     def output(self) -> RequestOutput:
         """A copy of the present state."""
+        if self._prompt_logprobs is None:
+            self._prompt_logprobs = self.completions[0].describe_prompt()
+        known = self._prompt_logprobs
         return RequestOutput(
             request_id=self._request_id,
             prompt=self._prompt.text,
@@ -153,6 +166,7 @@ class PromptState:
                 self._arrival_time, self._first_token_time, self._last_token_time
             ),
             num_cached_tokens=self.completions[0].request.num_cached_tokens or 0,
+            prompt_logprobs=None if known is None else list(known),
         )
 
 

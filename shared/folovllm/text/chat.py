@@ -178,14 +178,15 @@ def _texts(content: object, index: int) -> list[str]:
 
 def _parse_tool_calls(tool_calls: object, index: int) -> list[dict[str, Any]]:
     parsed = []
-    for call in tool_calls if isinstance(tool_calls, list | tuple) else [tool_calls]:
+    calls: Any = tool_calls if isinstance(tool_calls, list | tuple) else [tool_calls]
+    for call in calls:
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ValueError(
                 f"message {index} holds the tool call {call!r}; write it as "
                 f'{{"type": "function", "function": {{"name": "add", "arguments": "{{}}"}}}}'
             )
-        arguments = function.get("arguments") or {}
+        arguments: Any = function.get("arguments") or {}
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
