@@ -257,7 +257,12 @@ class AsyncLLM:
             stream = self._streams.get(start.request_id)
             self._queued.discard(start.request_id)
             if stream is not None:
-                stream.prompt.note_cached_tokens(start.request_id, start.num_cached_tokens)
+                request = stream.prompt.request_of(start.request_id)
+                request.num_cached_tokens = start.num_cached_tokens
+        for request_id, prompt_logprobs in step.prompt_logprobs.items():
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                stream.prompt.request_of(request_id).prompt_logprobs = prompt_logprobs
         processed = self._outputs.process(StepOutput(step.tokens, step.stats), step.time_s)
         for observer in self._observers:
             observer.on_step(step)

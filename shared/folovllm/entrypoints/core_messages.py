@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from ..interfaces import StepStats, TokenOutput
+from ..interfaces import StepStats, TokenLogprobs, TokenOutput
 from ..request import Request, SamplingParams
 
 
@@ -71,6 +71,8 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag=True):
     tokens: tuple[TokenOutput, ...]
     starts: list[Start]
     stats: StepStats
+    prompt_logprobs: dict[str, list[TokenLogprobs]]
+    """Of the requests that asked for them and got their first token, by id."""
 
 
 class Idle(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -89,6 +91,7 @@ class NewRequest(msgspec.Struct, frozen=True, array_like=True):
     fork_of: str | None
     """Id of another request of the same prompt."""
     cache_salt: str | None
+    bad_words_token_ids: tuple[tuple[int, ...], ...]
     arrival_time: float
 
 
@@ -127,6 +130,7 @@ def new_request(request: Request) -> NewRequest:
         request.priority,
         None if request.fork_of is None else request.fork_of.request_id,
         request.cache_salt,
+        request.bad_words_token_ids,
         request.arrival_time,
     )
 
@@ -142,5 +146,6 @@ def make_request(new: NewRequest, fork_of: Request | None) -> Request:
         priority=new.priority,
         fork_of=fork_of,
         cache_salt=new.cache_salt,
+        bad_words_token_ids=new.bad_words_token_ids,
         arrival_time=new.arrival_time,
     )

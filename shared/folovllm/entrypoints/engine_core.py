@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from ..interfaces import Engine, StepOutput
+from ..interfaces import Engine, StepOutput, TokenLogprobs
 from ..request import Request, RequestStatus
 from .core_messages import (
     Abort,
@@ -56,6 +56,8 @@ class EngineCore:
         self._encoder = msgspec.msgpack.Encoder()
         self._unstarted: dict[str, Request] = {}
         """Requests that have never left the queue, by id."""
+        self._prompts_wanted: dict[str, Request] = {}
+        """Requests that want log-probabilities of their prompt and have no token yet, by id."""
         self._is_shut_down = False
 
     def run(self) -> None:
@@ -87,6 +89,7 @@ class EngineCore:
                 for request_id in message.request_ids:
                     self._engine.abort_request(request_id)
                     self._unstarted.pop(request_id, None)
+                    self._prompts_wanted.pop(request_id, None)
             case ResetPrefixCache():
                 engine: Any = self._engine
                 engine.reset_prefix_cache()
@@ -107,13 +110,20 @@ class EngineCore:
             self.send(Refused(message.prompt_id, str(error)))
             return
         self._unstarted |= added
+        self._prompts_wanted |= {
+            request_id: request
+            for request_id, request in added.items()
+            if request.sampling_params.prompt_logprobs is not None
+        }
         self.send(Accepted(message.prompt_id))
 
     def _step(self) -> None:
         start_s = time.perf_counter()
         output = self._engine.step()
         end_s = time.perf_counter()
-        self.send(Step(end_s, output.tokens, self._take_started(output, start_s), output.stats))
+        started = self._take_started(output, start_s)
+        prompts = self._take_prompt_logprobs(output) if self._prompts_wanted else {}
+        self.send(Step(end_s, output.tokens, started, output.stats, prompts))
 
     def _take_started(self, output: StepOutput, start_s: float) -> list[Start]:
         """Who left the queue in this step, or in one that was launched behind it."""
@@ -128,6 +138,11 @@ class EngineCore:
         for request in started:
             del unstarted[request.request_id]
         return [Start(r.request_id, r.num_cached_tokens, start_s - r.arrival_time) for r in started]
+
+    def _take_prompt_logprobs(self, output: StepOutput) -> dict[str, list[TokenLogprobs]]:
+        wanted = self._prompts_wanted
+        ids = [token.request_id for token in output.tokens if token.request_id in wanted]
+        return {request_id: wanted.pop(request_id).prompt_logprobs for request_id in ids}
 
 
 def _has_started(request: Request) -> bool:

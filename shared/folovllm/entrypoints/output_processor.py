@@ -23,6 +23,7 @@ class CompletionState:
         self.request = request
         self.finish_reason: FinishReason | None = None
         self._index = index
+        tokenizer = tokenizer if params.detokenize else None
         self._tokenizer = tokenizer
         self._detokenizer = (
             None
@@ -57,6 +58,14 @@ class CompletionState:
         self.finish_reason = token.finish_reason
         if self._is_searched:
             self._search(token.token_id)
+
+    def describe_prompt(self) -> list[dict[int, Logprob] | None] | None:
+        """Log-probabilities of the prompt in the form that callers get; None if there are none."""
+        if not self._token_ids or self.request.sampling_params.prompt_logprobs is None:
+            return None
+        token_ids = self.request.prompt_token_ids[1:]
+        positions = zip(self.request.prompt_logprobs, token_ids, strict=True)
+        return [None, *(make_logprobs(*position, self._tokenizer) for position in positions)]
 
     def output(self) -> CompletionOutput:
         """A copy of the present state."""
@@ -151,6 +160,7 @@ class PromptState:
         self._arrival_time = arrival
         self._first_token_time: float | None = None
         self._last_token_time: float | None = None
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def finished(self) -> bool:
@@ -163,25 +173,36 @@ class PromptState:
         if self._first_token_time is None:
             self._first_token_time = now
 
-    def note_cached_tokens(self, request_id: str, num_cached_tokens: int | None) -> None:
-        """What the engine found of this prompt, where its requests are others than ours."""
-        for completion in self.completions:
-            if completion.request.request_id == request_id:
-                completion.request.num_cached_tokens = num_cached_tokens
+    def request_of(self, request_id: str) -> Request:
+        """One of this prompt's requests; StopIteration if it is none."""
+        requests = (completion.request for completion in self.completions)
+        return next(request for request in requests if request.request_id == request_id)
 
     def output(self) -> RequestOutput:
         """A copy of the present state."""
         outputs = [completion.output() for completion in self.completions]
-        return self._output(outputs, list(self._prompt.token_ids))
+        if self._prompt_logprobs is None:
+            self._prompt_logprobs = self.completions[0].describe_prompt()
+        known = self._prompt_logprobs
+        copy = None if known is None else list(known)
+        return self._output(outputs, list(self._prompt.token_ids), copy)
 
     def take_delta(self) -> RequestOutput:
-        """The completions of which something is new, and of these that; the prompt is no copy."""
+        """The completions of which something is new, and of these that.
+
+        The list of the prompt's tokens is no copy; its log-probabilities come once.
+        """
         deltas = [completion.take_delta() for completion in self.completions]
         outputs = [delta for delta in deltas if delta is not None]
-        return self._output(outputs, self._prompt.token_ids)
+        new = self.completions[0].describe_prompt() if self._prompt_logprobs is None else None
+        self._prompt_logprobs = self._prompt_logprobs or new
+        return self._output(outputs, self._prompt.token_ids, new)
 
     def _output(
-        self, outputs: list[CompletionOutput], prompt_token_ids: list[int]
+        self,
+        outputs: list[CompletionOutput],
+        prompt_token_ids: list[int],
+        prompt_logprobs: list[dict[int, Logprob] | None] | None,
     ) -> RequestOutput:
         return RequestOutput(
             request_id=self.request_id,
@@ -193,6 +214,7 @@ class PromptState:
                 self._arrival_time, self._first_token_time, self._last_token_time
             ),
             num_cached_tokens=self.completions[0].request.num_cached_tokens or 0,
+            prompt_logprobs=prompt_logprobs,
         )
 
 

@@ -83,6 +83,9 @@ class RequestOutput:
     metrics: RequestMetrics
     num_cached_tokens: int = 0
     """Of the prompt: those that were found in a prefix cache and not computed."""
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """Per prompt token: itself first, then the likeliest ones in its place; None for the first
+    token, before which there is nothing. None unless asked for, and before there is an output."""
 
 
 def make_logprobs(

@@ -48,6 +48,7 @@ def check_async_outputs_equal_offline_ones(stage: ModuleType, directory: Path) -
         assert output.prompt == reference.prompt
         assert output.prompt_token_ids == reference.prompt_token_ids
         assert output.finished
+        _check_same_positions(output.prompt_logprobs, reference.prompt_logprobs)
         assert output.metrics.ttft_s is not None and output.metrics.ttft_s > 0
         for completion, other in zip(output.outputs, reference.outputs, strict=True):
             _check_same(completion, other)
@@ -57,10 +58,14 @@ def _check_same(found: CompletionOutput, expected: CompletionOutput) -> None:
     """Log-probabilities to rounding: sums go another way in a batch of another size."""
     assert _without_logprobs(found) == _without_logprobs(expected)
     assert found.cumulative_logprob == pytest.approx(expected.cumulative_logprob, abs=1e-3)
-    positions = zip(found.logprobs or (), expected.logprobs or (), strict=True)
-    for position, other in positions:
-        assert list(position) == list(other)
-        for token_id, logprob in position.items():
+    _check_same_positions(found.logprobs, expected.logprobs)
+
+
+def _check_same_positions(found: Any, expected: Any) -> None:
+    assert (found is None) == (expected is None)
+    for position, other in zip(found or (), expected or (), strict=True):
+        assert list(position or ()) == list(other or ())
+        for token_id, logprob in (position or {}).items():
             assert logprob.logprob == pytest.approx(other[token_id].logprob, abs=1e-4)
             assert logprob[1:] == other[token_id][1:]
 
@@ -84,6 +89,9 @@ def _battery() -> list[tuple[Any, SamplingParams]]:
         ("lazy dog", params(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2)),
         ("café", params(temperature=0.0, logit_bias={40: 50.0}, logprobs=0)),
         ("Hello", params(temperature=0.0, max_tokens=None)),
+        ("quick brown", params(n=2, prompt_logprobs=1, bad_words=["e", "the"])),
+        ("quick brown fox", params(allowed_token_ids=[40, 41, 42], truncate_prompt_tokens=3)),
+        ("quick", params(detokenize=False)),
     ]
 
 
@@ -118,9 +126,9 @@ def _join(outputs: list[RequestOutput], kind: RequestOutputKind) -> RequestOutpu
         for delta in output.outputs:
             parts.setdefault(delta.index, []).append(delta)
     joined = [_sum(deltas) for _, deltas in sorted(parts.items())]
-    return RequestOutput(
-        last.request_id, last.prompt, last.prompt_token_ids, joined, last.finished, last.metrics
-    )
+    known = [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None]
+    assert len(known) <= 1
+    return replace(last, outputs=joined, prompt_logprobs=known[0] if known else None)
 
 
 def _sum(deltas: list[CompletionOutput]) -> CompletionOutput:

@@ -10,12 +10,14 @@ A stage's test file is
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from ..bench.arrivals import make_request
 from ..bench.benchmark import run_benchmark
@@ -444,6 +446,76 @@ class EngineContract:
                 assert token.logprobs.rank == 1
                 assert token.logprobs.top[0] == (token.token_id, token.logprobs.logprob)
                 assert len(token.logprobs.top) == 3
+
+    def test_prompt_logprobs_equal_transformers(self, toy_directory: Path) -> None:
+        """In one engine twice, so that a prefix cache has them; with more than its blocks hold."""
+        prompts = random_prompts(seed=7, count=10, vocab_size=199, max_len=90)
+        rows = reference_logits(toy_directory, [p[:1] for p in prompts], [p[1:] for p in prompts])
+        options = self.fuzz_options(random.Random(7))
+        engine = self.make_engine(load_model(toy_directory), **options)
+        for run in range(2):
+            params = [_greedy(12, prompt_logprobs=index % 4) for index in range(9)] + [_greedy(12)]
+            requests = make_requests(prompts, params, ids=[f"{run}-{i}" for i in range(10)])
+            drain(engine, requests[:3], later={1: requests[3:7], 4: requests[7:]})
+            assert requests[9].prompt_logprobs == []
+            for index, request in enumerate(requests[:9]):
+                self.check_prompt_logprobs(request, rows[index].log_softmax(-1), index % 4)
+
+    @staticmethod
+    def check_prompt_logprobs(request: Request, expected: torch.Tensor, num_top: int) -> None:
+        assert len(request.prompt_logprobs) == request.num_prompt_tokens - 1 == len(expected)
+        for position, row, token_id in zip(
+            request.prompt_logprobs, expected, request.prompt_token_ids[1:], strict=True
+        ):
+            assert position.logprob == pytest.approx(float(row[token_id]), abs=1e-3)
+            assert position.rank == int((row > row[token_id]).sum()) + 1
+            ids, values = [i for i, _ in position.top], [value for _, value in position.top]
+            assert values == pytest.approx(row.topk(num_top).values.tolist(), abs=1e-3)
+            assert values == pytest.approx(row[ids].tolist(), abs=1e-3)
+
+    def test_prompt_logprobs_survive_steps_that_break_off(self, toy_model: CausalLM) -> None:
+        prompts = random_prompts(seed=8, count=6, vocab_size=199, max_len=60)
+        params = _greedy(6, prompt_logprobs=1)
+        expected = make_requests(prompts, params)
+        drain(self.make_engine(toy_model), expected)
+        engine: Any = self.make_engine(toy_model)
+        runner = engine.model_runner
+        setattr(runner, self.run_step, _interrupt_calls(getattr(runner, self.run_step), every=10))
+        requests = make_requests(prompts, params)
+        for request in requests:
+            engine.add_request(request)
+        while engine.has_unfinished_requests():
+            with suppress(KeyboardInterrupt):
+                engine.step()
+        for request, twin in zip(requests, expected, strict=True):
+            assert len(request.prompt_logprobs) == len(twin.prompt_logprobs)
+            for position, other in zip(request.prompt_logprobs, twin.prompt_logprobs, strict=True):
+                assert position.logprob == pytest.approx(other.logprob, abs=1e-3)
+
+    def test_rules_on_tokens_hold_in_every_output(self, toy_directory: Path) -> None:
+        """Words of several tokens are checked against outputs that are still on their way."""
+        prompts = random_prompts(seed=9, count=4, vocab_size=199, max_len=40)
+        engine = self.make_engine(load_model(toy_directory))
+        allowed = _greedy(20, allowed_token_ids=[7, 30, 198], ignore_eos=True)
+        requests = make_requests(prompts, [allowed, allowed, _greedy(20), _greedy(20)])
+        drain(engine, requests)
+        plain = requests[2].output_token_ids
+        for request in requests[:2]:
+            assert set(request.output_token_ids) <= {7, 30, 198}
+        params = _greedy(20, bad_words=["given as token ids"])
+        words = ((plain[0],), (plain[3], plain[4]), (plain[5], plain[6], plain[7]))
+        ruled = Request(
+            request_id="ruled",
+            prompt_token_ids=prompts[2],
+            sampling_params=params,
+            bad_words_token_ids=words,
+        )
+        drain(engine, [ruled])
+        tokens = ruled.output_token_ids
+        assert len(tokens) == 20
+        for word in words:
+            starts = range(len(tokens) - len(word) + 1)
+            assert not any(tuple(tokens[start : start + len(word)]) == word for start in starts)
 
     def test_scaled_rope_reaches_beyond_the_original_context(self, tmp_path: Path) -> None:
         """YaRN with a factor of 4: the file's max_position_embeddings are not the end."""
