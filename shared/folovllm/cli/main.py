@@ -1,4 +1,4 @@
-"""The command line of every stage: `python -m m2_batching generate | chat | bench | profile`."""
+"""The command line of every stage: `python -m m2_batching generate | chat | bench | serve | profile`."""
 
 import argparse
 import os
@@ -13,6 +13,7 @@ from .bench import add_bench_flags, run_bench
 from .chat import ChatSession
 from .options import FlagArguments, add_field_flags, given_fields, optional
 from .profile import add_profile_flags, run_profile
+from .serve import add_serve_flags, run_serve
 from .text import print_logprobs, print_outputs, print_stream, statistics_line
 
 EXIT_USAGE = 2
@@ -87,6 +88,10 @@ def build_parser(llm_class: type[LLM]) -> argparse.ArgumentParser:
     bench.set_defaults(command=_bench)
     add_bench_flags(bench)
 
+    serve = _add_command(commands, llm_class, "serve", "answer OpenAI's API over HTTP")
+    serve.set_defaults(command=_serve)
+    add_serve_flags(serve)
+
     step_profile = _add_command(
         commands, llm_class, "profile", "list the kernels of a prompt step and a decode step"
     )
@@ -141,15 +146,18 @@ def _add_sampling_flags(
 
 
 def make_llm(llm_class: type[LLM], arguments: argparse.Namespace) -> LLM:
-    return llm_class(
-        arguments.model,
-        load_format=arguments.load_format,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        seed=arguments.llm_seed,
-        tokenizer=arguments.tokenizer,
+    return llm_class(arguments.model, **_llm_options(llm_class, arguments))
+
+
+def _llm_options(llm_class: type[LLM], arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "load_format": arguments.load_format,
+        "dtype": arguments.dtype,
+        "device": arguments.device,
+        "seed": arguments.llm_seed,
+        "tokenizer": arguments.tokenizer,
         **given_fields(arguments, llm_class.config_class),
-    )
+    }
 
 
 def _make_sampling_params(
@@ -195,6 +203,10 @@ def _chat(llm_class: type[LLM], arguments: argparse.Namespace) -> int:
 def _bench(llm_class: type[LLM], arguments: argparse.Namespace) -> int:
     run_bench(make_llm(llm_class, arguments), stage_name(llm_class), arguments)
     return 0
+
+
+def _serve(llm_class: type[LLM], arguments: argparse.Namespace) -> int:
+    return run_serve(llm_class, arguments, _llm_options(llm_class, arguments))
 
 
 def _profile(llm_class: type[LLM], arguments: argparse.Namespace) -> int:

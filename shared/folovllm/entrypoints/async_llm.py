@@ -71,7 +71,8 @@ class AsyncLLM:
         self._answers: dict[str, asyncio.Future[None]] = {}
         """Id of a prompt -> done when the engine has accepted it, ValueError when not."""
         self.died = asyncio.Event()
-        self._death: str | None = None
+        self.death: str | None = None
+        """What is known of why the engine's process ended; None while it has not."""
 
     async def __aenter__(self) -> Self:
         """Start the engine and wait until it is ready; errors are those of `LLM.__init__`."""
@@ -82,7 +83,7 @@ class AsyncLLM:
             path = self.facts.tokenizer_path
             self.tokenizer = None if path is None else await asyncio.to_thread(Tokenizer, path)
         except BaseException:
-            await self._client.stop()
+            await self._client.stop(patience_s=0.0)  # it listens to nobody while it loads
             raise
         self._requests = RequestBuilder(
             tokenizer=self.tokenizer,
@@ -188,8 +189,8 @@ class AsyncLLM:
 
     def check_alive(self) -> None:
         """EngineDeadError if the engine's process has ended."""
-        if self._death is not None:
-            raise EngineDeadError(self._death)
+        if self.death is not None:
+            raise EngineDeadError(self.death)
 
     def _check_queue(self, num_new: int) -> None:
         limit = self._max_queue_len
@@ -226,7 +227,7 @@ class AsyncLLM:
         if not request_ids:
             return
         self._forget(request_ids)
-        if self._death is None:
+        if self.death is None:
             self._client.send(Abort(request_ids))
         for observer in self._observers:
             observer.on_aborted(request_ids)
@@ -301,9 +302,9 @@ class AsyncLLM:
 
     def _fail(self, reason: str) -> None:
         """Tell everybody who waits that nothing will come; the first reason is kept."""
-        if self._death is not None:
+        if self.death is not None:
             return
-        self._death = reason
+        self.death = reason
         self.died.set()
         for answer in self._answers.values():
             if not answer.done():

@@ -76,12 +76,12 @@ class CoreClient:
         with suppress(zmq.Again):
             self._push.send(self._encoder.encode(message), zmq.NOBLOCK)
 
-    async def stop(self) -> None:
-        """End the process, by force if it does not listen."""
+    async def stop(self, patience_s: float = _GOODBYE_S) -> None:
+        """End the process, by force if it does not listen for so long."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._process.sentinel)
         self.send(ShutDown())
-        await asyncio.to_thread(self._process.join, _GOODBYE_S)
+        await asyncio.to_thread(self._process.join, patience_s)
         if self._process.is_alive():
             self._process.kill()
             await asyncio.to_thread(self._process.join)
