@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from .sampling_params import SamplingParams
+from .sampling_params import SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:
-    from .interfaces import TokenLogprobs
+    from .interfaces import TokenGrammar, TokenLogprobs
 
-__all__ = ["FinishReason", "Request", "RequestStatus", "SamplingParams"]
+__all__ = ["FinishReason", "Request", "RequestStatus", "SamplingParams", "StructuredOutputsParams"]
 
 
 class RequestStatus(Enum):
@@ -61,6 +61,8 @@ class Request:
     fork has its parent's. A stage without a prefix cache shares nothing, whatever the salt."""
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     """`SamplingParams.bad_words`: the last token of each is not sampled behind the others."""
+    grammar: "TokenGrammar | None" = None
+    """`SamplingParams.structured_outputs` for the tokens of a model; no other request has it."""
     is_steered: bool = False
     """Whether its maker looks at every token before there is to be another, as beam search does."""
     arrival_time: float = 0.0
@@ -98,6 +100,11 @@ class Request:
             raise ValueError(
                 f"request {self.request_id} has bad_words, which are text; an engine needs them as "
                 f"bad_words_token_ids (LLM.generate fills them in from the tokenizer)"
+            )
+        if self.sampling_params.structured_outputs is not None and self.grammar is None:
+            raise ValueError(
+                f"request {self.request_id} has structured_outputs; an engine needs them compiled, "
+                f"as `grammar` (LLM.generate does it, with a GrammarCompiler)"
             )
         if self.fork_of is not None and self.sampling_params.prompt_logprobs is not None:
             raise ValueError(

@@ -1,5 +1,6 @@
 """How tokens are chosen and when they end: the settings of a request, under vLLM's names."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,66 @@ from .setting_checks import (
     require_range,
 )
 
+_CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
 _FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """What the whole output must be, in exactly one of five ways; names are vLLM's."""
+
+    json: str | Mapping[str, Any] | None = None
+    """A JSON schema that it follows, as an object or as text."""
+    regex: str | None = None
+    """A regular expression (of Rust's `regex`) that matches all of it."""
+    choice: Sequence[str] | None = None
+    """Texts of which it is one."""
+    grammar: str | None = None
+    """A context-free grammar in Lark's form or in GBNF."""
+    json_object: bool | None = None
+    """True: any JSON object."""
+    disable_any_whitespace: bool = False
+    """No white space between the parts of JSON, where a model could go on for ever."""
+    whitespace_pattern: str | None = None
+    """A regular expression of the white space that JSON may have instead of any."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"structured_outputs needs exactly one of {', '.join(_CONSTRAINTS)}, got "
+                f"{' and '.join(given) or 'none'}"
+            )
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} must be a text, got {getattr(self, name)!r}")
+        if self.json_object not in (None, True):
+            raise ValueError(f"json_object can only be True, got {self.json_object!r}; leave it")
+        require_bool("disable_any_whitespace", self.disable_any_whitespace)
+        is_json = self.json is not None or self.json_object is not None
+        if (self.disable_any_whitespace or self.whitespace_pattern is not None) and not is_json:
+            raise ValueError(
+                f"disable_any_whitespace and whitespace_pattern concern JSON alone, but {given[0]} "
+                f"is given; say it there"
+            )
+        if self.choice is not None:
+            choice = checked_texts("choice", self.choice)
+            if not choice or isinstance(self.choice, str):
+                raise ValueError(f"choice must be a list of at least one text, got {self.choice!r}")
+            object.__setattr__(self, "choice", choice)
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema_text(self.json))
+
+
+def _schema_text(schema: str | Mapping[str, Any]) -> str:
+    """A JSON schema as text; ValueError if it is none."""
+    try:
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        if isinstance(parsed, Mapping | bool):
+            return json.dumps(parsed)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"json must be a JSON schema, got {schema!r} ({error})") from error
+    raise ValueError(f"json must be a JSON schema, which is an object, got {schema!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +125,9 @@ class SamplingParams:
     """Keep going after end-of-sequence tokens; stop strings and ids still count."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text (they stay in the token ids)."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the whole output must be. It ends where that is complete, and nowhere before but at
+    `max_tokens`. Needs llguidance: `pip install folovllm[structured]`."""
     detokenize: bool = True
     """False makes no text of the output: neither of its tokens nor in log-probabilities."""
     truncate_prompt_tokens: int | None = None
@@ -104,11 +167,29 @@ class SamplingParams:
         self._check_truncation()
         for name, value in self._lists_in_one_form().items():
             object.__setattr__(self, name, value)
+        self._check_structure()
         if self.stop and not self.detokenize:
             raise ValueError(
                 f"stop strings {self.stop} are searched for in the text, which detokenize=False "
                 f"does not make; use stop_token_ids, or leave detokenize as it is"
             )
+
+    def _check_structure(self) -> None:
+        """Refuse what would cut a structured output off, or leave it without any next token."""
+        structure = self.structured_outputs
+        if not isinstance(structure, StructuredOutputsParams | None):
+            raise ValueError(
+                f"structured_outputs must be StructuredOutputsParams(json=…) or the like, got "
+                f"{structure!r}"
+            )
+        if structure is None:
+            return
+        for name in ("allowed_token_ids", "bad_words", "stop", "min_tokens", "ignore_eos"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is against structured_outputs, whose text "
+                    f"says which tokens are possible and where it ends; leave {name} out"
+                )
 
     def _check_truncation(self) -> None:
         limit = self.truncate_prompt_tokens
@@ -149,6 +230,7 @@ class SamplingParams:
             and not any(penalties)
             and self.logprobs is None
             and self.allowed_token_ids is None
+            and self.structured_outputs is None
             and self.top_k <= 0
             and self.top_p == 1.0
         )
@@ -157,7 +239,7 @@ class SamplingParams:
     def needs_output_on_host(self) -> bool:
         """Whether a token cannot be sampled before the ids of those before it are known."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0)
-        return any(penalties)
+        return any(penalties) or self.structured_outputs is not None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

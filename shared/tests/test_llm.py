@@ -16,7 +16,7 @@ from folovllm.entrypoints.llm import LLM
 from folovllm.entrypoints.outputs import CompletionOutput
 from folovllm.entrypoints.turns import Turns
 from folovllm.interfaces import TokenLogprobs
-from folovllm.request import SamplingParams
+from folovllm.request import SamplingParams, StructuredOutputsParams
 from folovllm.testing.scripted_engine import (
     ScriptedLLM,
     ScriptedModel,
@@ -386,6 +386,27 @@ def test_bad_words_reach_the_engine_as_tokens_with_and_without_a_space(make_llm,
         generate(make_llm(with_tokenizer=False), [5], SamplingParams(bad_words=["dog"]))
     with pytest.raises(ValueError, match="bad_words holds '  ', which has no tokens"):
         generate(llm, "x", SamplingParams(bad_words=["  "]))
+
+
+def test_every_completion_gets_a_grammar_of_its_own(make_llm):
+    pytest.importorskip("llguidance")
+    llm = make_llm()
+    structure = StructuredOutputsParams(choice=["dog", "world"])
+    params = SamplingParams(n=2, max_tokens=3, structured_outputs=structure)
+    generate(llm, ["Hello", "x"], [params, SamplingParams()])
+    first, second, plain = llm.engine.added
+    assert None not in (first.grammar, second.grammar)
+    assert first.grammar is not second.grammar
+    assert plain.grammar is None
+
+
+def test_structure_that_cannot_be_followed_is_refused_before_anything_is_queued(make_llm):
+    pytest.importorskip("llguidance")
+    llm = make_llm()
+    wrong = SamplingParams(structured_outputs=StructuredOutputsParams(regex="["))
+    with pytest.raises(ValueError, match="cannot follow this regex"):
+        generate(llm, ["Hello", "x"], [SamplingParams(), wrong])
+    assert llm.engine.added == []
 
 
 def test_allowed_token_outside_the_vocabulary_is_refused(make_llm):

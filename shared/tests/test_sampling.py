@@ -13,12 +13,20 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from folovllm.request import FinishReason, Request, SamplingParams
+from folovllm.request import FinishReason, Request, SamplingParams, StructuredOutputsParams
 from folovllm.sampling.sampler import SampledTokens, Sampler, SamplerOutput
+from folovllm.sampling.token_masks import mask_of
 
 CPU = torch.device("cpu")
 BAD_WORDS = ((5,), (6, 7), (7, 7, 8))
 VOCAB = 103  # not a multiple of 4: four tokens share one random counter
+
+
+class OddTokens:
+    """A grammar of tokens with odd ids."""
+
+    def fill_mask(self, request, mask):
+        mask[:] = mask_of(range(1, VOCAB, 2), VOCAB)
 
 
 def make_request(seed=0, prompt=(1, 2, 3), output=(), eos=(), request_id="r", **params):
@@ -28,6 +36,7 @@ def make_request(seed=0, prompt=(1, 2, 3), output=(), eos=(), request_id="r", **
         sampling_params=SamplingParams(**{"max_tokens": 10_000, **params}),
         eos_token_ids=frozenset(eos),
         bad_words_token_ids=BAD_WORDS if "bad_words" in params else (),
+        grammar=OddTokens() if "structured_outputs" in params else None,
         seed=seed,
     )
     request.token_ids += output
@@ -587,6 +596,15 @@ def test_only_allowed_tokens_are_left(vocab):
     assert kept(logits, mates)[[0, 2]].all()
 
 
+def test_mask_of_a_grammar_is_applied_beside_one_of_allowed_tokens():
+    structured = make_request(structured_outputs=StructuredOutputsParams(regex="a"))
+    mates = [make_request(allowed_token_ids=[4]), make_request(), structured]
+    left = kept(make_logits(3), mates)
+    assert np.flatnonzero(left[0]).tolist() == [4]
+    assert left[1].all()
+    assert np.flatnonzero(left[2]).tolist() == list(range(1, VOCAB, 2))
+
+
 def test_bad_word_is_forbidden_where_it_would_be_complete():
     logits = make_logits(1)
     for output, forbidden in (
@@ -690,6 +708,7 @@ IS_RULE = {
     "prompt_logprobs": (1, False),
     "allowed_token_ids": ([3, 4], True),
     "bad_words": ("x", True),
+    "structured_outputs": (StructuredOutputsParams(regex="a"), True),
     "detokenize": (False, False),
     "truncate_prompt_tokens": (2, False),
 }

@@ -36,8 +36,12 @@ _SAMPLING_FLAGS: dict[str, FlagArguments] = {
     "seed": {"flag": "--sampling-seed", "type": int, "metavar": "INT"},
     "stop": {"action": "append", "metavar": "TEXT"},
     "stop_token_ids": {"action": "append", "type": int, "metavar": "ID"},
+    "allowed_token_ids": {"action": "append", "type": int, "metavar": "ID"},
+    "bad_words": {"action": "append", "metavar": "TEXT"},
     "logit_bias": {"action": "append", "type": _token_bias, "metavar": "ID=BIAS"},
 }
+_PYTHON_ONLY = ("prompt_logprobs", "structured_outputs", "detokenize")
+"""Settings whose values or results these commands have no form for."""
 
 
 def main(llm_class: type[LLM], argv: Sequence[str] | None = None) -> int:
@@ -141,7 +145,7 @@ def _add_sampling_flags(
         SamplingParams,
         special=_SAMPLING_FLAGS,
         defaults=defaults,
-        skipped=skipped,
+        skipped=(*skipped, *_PYTHON_ONLY),
     )
 
 

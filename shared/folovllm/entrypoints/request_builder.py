@@ -9,6 +9,7 @@ from dataclasses import replace
 from ..request import Request, SamplingParams
 from ..setting_checks import is_int
 from ..text.bad_words import encode_bad_words
+from ..text.grammars import Grammar, GrammarCompiler
 from ..text.tokenizer import Tokenizer
 from .output_processor import CompletionState, PromptState
 from .prompts import Prompt, check_token_ids
@@ -38,6 +39,7 @@ class RequestBuilder:
         self.eos_token_ids = eos_token_ids
         self._seed = seed
         self._scheduling_policy = scheduling_policy
+        self._grammars = GrammarCompiler(tokenizer, vocab_size, eos_token_ids)
         self._num_prompts = 0
         self._numbering = threading.Lock()
         """Calls in several threads get numbers, and so request ids and seeds, of their own."""
@@ -59,17 +61,22 @@ class RequestBuilder:
             self._resolve(params, prompt, index)
             for index, (params, prompt) in enumerate(zip(all_params, prompts, strict=True))
         ]
+        structures = (params.structured_outputs for params in resolved)
+        grammars = [None if s is None else self._grammars.compile(s) for s in structures]
         arrival_time = time.perf_counter()
         with self._numbering:
             return [
-                self._build_one(prompt, params, prompt_priority, arrival_time)
-                for prompt, params, prompt_priority in zip(
-                    prompts, resolved, priorities, strict=True
-                )
+                self._build_one(*of_prompt, arrival_time)
+                for of_prompt in zip(prompts, resolved, grammars, priorities, strict=True)
             ]
 
     def _build_one(
-        self, prompt: Prompt, params: SamplingParams, priority: int, arrival_time: float
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        grammar: Grammar | None,
+        priority: int,
+        arrival_time: float,
     ) -> PromptState:
         prompt_id = str(self._num_prompts)
         bad_words = self._encode_bad_words(params)
@@ -80,6 +87,7 @@ class RequestBuilder:
                 prompt_token_ids=prompt.token_ids,
                 sampling_params=_params_of_child(params, child),
                 bad_words_token_ids=bad_words,
+                grammar=grammar if grammar is None else grammar.fork(),
                 eos_token_ids=self.eos_token_ids,
                 seed=self._seed_of(params, child),
                 priority=priority,

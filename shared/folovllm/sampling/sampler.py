@@ -3,8 +3,8 @@
 Order of operations for a row, as in vLLM v1:
 
 1. log-probabilities to report are of the raw logits, whatever the steps below do;
-2. float32; nothing but `allowed_token_ids`; `logit_bias`; no end of a bad word; stop tokens
-   forbidden while fewer than `min_tokens` are out;
+2. float32; nothing but `allowed_token_ids`, or what `structured_outputs` can go on with;
+   `logit_bias`; no end of a bad word; no stop token while fewer than `min_tokens` are out;
 3. repetition penalty (prompt and output), then frequency and presence penalties (output);
 4. temperature 0: argmax, the lowest id among equals; the rest concerns the other rows;
 5. temperature, `min_p`, `top_k`, `top_p`;

@@ -28,6 +28,7 @@ _get_settings = attrgetter(
     "logprobs",
     "bad_words",
     "allowed_token_ids",
+    "structured_outputs",
 )
 
 
@@ -88,13 +89,14 @@ class SamplingTensors:
             *[_get_settings(request.sampling_params) for request in requests], strict=True
         )
         temperatures, biases, min_tokens, repetition, presence, frequency, num_top, *rest = columns
-        bad_words, allowed = rest
+        bad_words, *allowed = rest
         host: dict[str, list[np.ndarray]] = {}
         if any(temperatures):
             host |= _collect_random(requests, temperatures, masks.vocab_size)
         if any(biases) or any(min_tokens) or any(bad_words):
             host["bias"] = LogitBias.collect(requests, masks.vocab_size)
-        masked = [row for row, token_ids in enumerate(allowed) if token_ids is not None]
+        rules = enumerate(zip(*allowed, strict=True))
+        masked = [row for row, (token_ids, structure) in rules if token_ids or structure]
         if masked:
             host["mask"] = masks.collect(requests, masked)
         if num_top.count(None) < num_rows:

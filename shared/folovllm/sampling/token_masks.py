@@ -57,9 +57,16 @@ class TokenMasks:
 
     def collect(self, requests: Sequence[Request], rows: Sequence[int]) -> list[np.ndarray]:
         """The arrays of `TokenMask` for these rows, row i being that of `requests[i]`."""
-        return [np.array(rows), np.stack([self._mask(requests[row]) for row in rows])]
+        masks = np.empty((len(rows), mask_length(self.vocab_size)), dtype=np.int32)
+        for row, mask in zip(rows, masks, strict=True):
+            grammar = requests[row].grammar
+            if grammar is None:
+                mask[:] = self._allowed_by(requests[row])
+            else:
+                grammar.fill_mask(requests[row], mask)
+        return [np.array(rows), masks]
 
-    def _mask(self, request: Request) -> np.ndarray:
+    def _allowed_by(self, request: Request) -> np.ndarray:
         mask = self._allowed.get(request)
         if mask is None:
             token_ids = request.sampling_params.allowed_token_ids or ()

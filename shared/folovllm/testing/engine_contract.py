@@ -7,7 +7,9 @@ A stage's test file is
         options = {"max_num_seqs": 4, ...}
 """
 
+import json
 import random
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -29,12 +31,14 @@ from ..hardware import Ceilings
 from ..interfaces import Engine
 from ..model.loader import load_model
 from ..model.transformer import CausalLM
-from ..request import FinishReason, Request, SamplingParams
+from ..request import FinishReason, Request, SamplingParams, StructuredOutputsParams
+from ..text.tokenizer import Tokenizer
 from ..workloads.workload import make_workload
 from .driver import check_idle, check_step, drain, make_requests, random_prompts
 from .forced_sampler import ForcedSampler
 from .line_interrupts import LineInterrupt
 from .toy_models import ToyFamily, reference_greedy, reference_logits, toy_families, write_toy_model
+from .toy_tokenizers import save_byte_level_tokenizer
 
 
 def _greedy(max_tokens: int, **options: Any) -> SamplingParams:
@@ -54,6 +58,25 @@ def _interrupt_calls(function: Callable[..., Any], every: int) -> Callable[..., 
         return result
 
     return interrupted
+
+
+def _is_person(text: str) -> bool:
+    person = json.loads(text)
+    is_whole = person.keys() == {"age", "name"} and person["age"] in (7, 42)
+    return is_whole and len(person["name"]) <= 4
+
+
+def _is_repeated(text: str) -> bool:
+    return re.fullmatch("(ab|cd){2,5}", text) is not None
+
+
+def _is_choice(text: str) -> bool:
+    return text in ("yes", "no", "世界")
+
+
+def _is_nested(text: str) -> bool:
+    depth = text.count("(")
+    return text in ("(" * depth + ")" * depth, "(" * depth + "x" + ")" * depth) and text != ""
 
 
 @pytest.fixture(scope="session", params=toy_families(), ids=lambda family: family.name)
@@ -516,6 +539,45 @@ class EngineContract:
         for word in words:
             starts = range(len(tokens) - len(word) + 1)
             assert not any(tuple(tokens[start : start + len(word)]) == word for start in starts)
+
+    def test_structured_outputs_are_valid_whatever_is_sampled(self, tmp_path: Path) -> None:
+        """A random model at a high temperature, in a cache that makes requests give way."""
+        pytest.importorskip("llguidance")
+        write_toy_model(
+            ToyFamily("llama", "llama", {"vocab_size": 373, "tie_word_embeddings": False}), tmp_path
+        )
+        tokenizer = Tokenizer(save_byte_level_tokenizer(tmp_path))
+        (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 0]}')
+        options = {"max_model_len": 192, **self.options, **self.fuzz_options(random.Random(3))}
+        llm = self.stage.LLM(tmp_path, device="cpu", **options)
+        schema = {
+            "type": "object",
+            "properties": {"age": {"enum": [7, 42]}, "name": {"type": "string", "maxLength": 4}},
+            "required": ["age", "name"],
+            "additionalProperties": False,
+        }
+        structures = [
+            StructuredOutputsParams(json=schema, disable_any_whitespace=True),
+            StructuredOutputsParams(regex="(ab|cd){2,5}"),
+            StructuredOutputsParams(choice=["yes", "no", "世界"]),
+            StructuredOutputsParams(grammar='start: "(" start? ")" | "x"'),
+        ] * 3
+        params = [
+            SamplingParams(temperature=2.0, seed=index, max_tokens=70, structured_outputs=structure)
+            for index, structure in enumerate(structures)
+        ]
+        plain = _greedy(20)
+        prompts = random_prompts(seed=10, count=13, vocab_size=tokenizer.vocab_size, max_len=60)
+        *outputs, other = llm.generate(prompts, [*params, plain], use_tqdm=False)
+        for index, output in enumerate(outputs):
+            (completion,) = output.outputs
+            check = (_is_person, _is_repeated, _is_choice, _is_nested)[index % 4]
+            if completion.finish_reason == "stop":
+                assert check(completion.text), completion.text
+            assert (completion.finish_reason == "length") == (len(completion.token_ids) == 70)
+        assert sum(output.outputs[0].finish_reason == "stop" for output in outputs) >= 9
+        (alone,) = llm.generate(prompts[-1:], plain, use_tqdm=False)
+        assert other.outputs[0].token_ids == alone.outputs[0].token_ids
 
     def test_scaled_rope_reaches_beyond_the_original_context(self, tmp_path: Path) -> None:
         """YaRN with a factor of 4: the file's max_position_embeddings are not the end."""
