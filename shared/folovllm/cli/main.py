@@ -1,4 +1,4 @@
-"""The command line of every stage: `python -m m2_batching generate | chat | bench | serve | profile`."""
+"""The command line of every stage: `python -m STAGE generate | chat | bench | serve | profile`."""
 
 import argparse
 import os

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..interfaces import StepOutput
-from ..request import SamplingParams
+from ..request import Request, SamplingParams
 from ..text.tokenizer import Tokenizer
 from .async_stream import AsyncOutputStream, EngineDeadError, QueueFullError
 from .core_client import CoreClient
@@ -70,6 +70,8 @@ class AsyncLLM:
         """Ids of the requests that have not run yet."""
         self._answers: dict[str, asyncio.Future[None]] = {}
         """Id of a prompt -> done when the engine has accepted it, ValueError when not."""
+        self._submitted: dict[str, list[Request]] = {}
+        """Id of a prompt that the engine has not answered yet -> its requests."""
         self.died = asyncio.Event()
         self.death: str | None = None
         """What is known of why the engine's process ended; None while it has not."""
@@ -157,7 +159,10 @@ class AsyncLLM:
         parsed = await asyncio.to_thread(self._parse, prompts)
         params = sampling_params or self.get_default_sampling_params()
         priorities = None if priority is None else [priority] * len(prompts)
-        states = self._requests.build(parsed, params, priorities)
+        if params.structured_outputs is None:
+            states = self._requests.build(parsed, params, priorities)
+        else:  # to read a schema takes a moment
+            states = await asyncio.to_thread(self._requests.build, parsed, params, priorities)
         self.check_alive()
         self._check_queue(params.n * len(prompts))
         streams = [AsyncOutputStream(state, output_kind, self) for state in states]
@@ -217,9 +222,8 @@ class AsyncLLM:
             self._queued.add(completion.request.request_id)
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._answers[prompt.request_id] = answer
+        self._submitted[prompt.request_id] = requests
         self._client.send(Add(prompt.request_id, list(map(new_request, requests))))
-        for observer in self._observers:
-            observer.on_added(requests)
         return answer
 
     def _abort(self, request_ids: list[str]) -> None:
@@ -242,8 +246,9 @@ class AsyncLLM:
             case Step():
                 self._on_step(message)
             case Accepted():
-                self._answer(message.prompt_id, None)
+                self._on_accepted(message.prompt_id)
             case Refused():
+                self._submitted.pop(message.prompt_id)
                 self._answer(message.prompt_id, ValueError(message.reason))
             case Idle():
                 for observer in self._observers:
@@ -252,6 +257,12 @@ class AsyncLLM:
                 self._ready.set_result(message)
             case CoreFailure():
                 self._on_failure(message)
+
+    def _on_accepted(self, prompt_id: str) -> None:
+        self._answer(prompt_id, None)
+        requests = self._submitted.pop(prompt_id)
+        for observer in self._observers:
+            observer.on_added(requests)
 
     def _on_step(self, step: Step) -> None:
         for start in step.starts:

@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from ..interfaces import StepStats, TokenLogprobs, TokenOutput
+from ..interfaces import StepStats, TokenGrammar, TokenLogprobs, TokenOutput
 from ..request import Request, SamplingParams
 
 
@@ -76,7 +76,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Idle(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The last request was aborted: nothing runs, and no step says so."""
+    """Nothing is left to run, which the stats of the last step do not say."""
 
 
 class NewRequest(msgspec.Struct, frozen=True, array_like=True):
@@ -135,8 +135,11 @@ def new_request(request: Request) -> NewRequest:
     )
 
 
-def make_request(new: NewRequest, fork_of: Request | None) -> Request:
-    """The request that `new` was made of; `fork_of` is the one that it names."""
+def make_request(new: NewRequest, fork_of: Request | None, grammar: TokenGrammar | None) -> Request:
+    """The request that `new` was made of; `fork_of` is the one that it names.
+
+    grammar: of its structured outputs, which stays in the process where it was made.
+    """
     return Request(
         request_id=new.request_id,
         prompt_token_ids=new.prompt_token_ids,
@@ -147,5 +150,6 @@ def make_request(new: NewRequest, fork_of: Request | None) -> Request:
         fork_of=fork_of,
         cache_salt=new.cache_salt,
         bad_words_token_ids=new.bad_words_token_ids,
+        grammar=grammar,
         arrival_time=new.arrival_time,
     )

@@ -16,6 +16,7 @@ import zmq
 
 from ..interfaces import Engine, StepOutput, TokenLogprobs
 from ..request import Request, RequestStatus
+from ..text.grammars import Grammar, GrammarCompiler
 from .core_messages import (
     Abort,
     Accepted,
@@ -25,6 +26,7 @@ from .core_messages import (
     CoreOptions,
     FromCore,
     Idle,
+    NewRequest,
     Refused,
     ResetPrefixCache,
     ShutDown,
@@ -48,8 +50,15 @@ class EngineCore:
     Messages are looked at between steps, so that an abort frees its blocks within a step.
     """
 
-    def __init__(self, engine: Engine, incoming: zmq.Socket[bytes], outgoing: zmq.Socket[bytes]):
+    def __init__(
+        self,
+        engine: Engine,
+        grammars: GrammarCompiler,
+        incoming: zmq.Socket[bytes],
+        outgoing: zmq.Socket[bytes],
+    ) -> None:
         self._engine = engine
+        self._grammars = grammars
         self._incoming = incoming
         self._outgoing = outgoing
         self._decoder = msgspec.msgpack.Decoder(ToCore)
@@ -78,8 +87,8 @@ class EngineCore:
             if not self._incoming.poll(0 if is_busy else None):
                 return
             self._act_on(self._decoder.decode(self._incoming.recv()))
-            if is_busy and not self._engine.has_unfinished_requests():
-                self.send(Idle())
+            if is_busy:
+                self._tell_if_idle()
 
     def _act_on(self, message: ToCore) -> None:
         match message:
@@ -101,7 +110,7 @@ class EngineCore:
         try:
             for new in message.requests:
                 parent = None if new.fork_of is None else added[new.fork_of]
-                request = make_request(new, parent)
+                request = make_request(new, parent, self._grammar(new))
                 self._engine.add_request(request)
                 added[new.request_id] = request
         except ValueError as error:
@@ -117,6 +126,10 @@ class EngineCore:
         }
         self.send(Accepted(message.prompt_id))
 
+    def _grammar(self, new: NewRequest) -> Grammar | None:
+        structure = new.sampling_params.structured_outputs
+        return None if structure is None else self._grammars.compile(structure)
+
     def _step(self) -> None:
         start_s = time.perf_counter()
         output = self._engine.step()
@@ -124,6 +137,11 @@ class EngineCore:
         started = self._take_started(output, start_s)
         prompts = self._take_prompt_logprobs(output) if self._prompts_wanted else {}
         self.send(Step(end_s, output.tokens, started, output.stats, prompts))
+        self._tell_if_idle()
+
+    def _tell_if_idle(self) -> None:
+        if not self._engine.has_unfinished_requests():
+            self.send(Idle())
 
     def _take_started(self, output: StepOutput, start_s: float) -> list[Start]:
         """Who left the queue in this step, or in one that was launched behind it."""
@@ -170,7 +188,7 @@ def run_engine_core(llm_class: type[LLM], options: bytes, incoming: str, outgoin
     try:
         llm = _make_llm(llm_class, msgspec.msgpack.decode(options, type=CoreOptions), push)
         if llm is not None:
-            EngineCore(llm.engine, pull, push).run()
+            EngineCore(llm.engine, _grammar_compiler(llm), pull, push).run()
             status = 0
     except BaseException as error:
         failure = CoreFailure(is_mistake=False, text="".join(traceback.format_exception(error)))
@@ -193,6 +211,11 @@ def _make_llm(
         message = CoreFailure(is_mistake=True, text=str(error))
     outgoing.send(msgspec.msgpack.encode(message))
     return llm
+
+
+def _grammar_compiler(llm: LLM) -> GrammarCompiler:
+    settings = llm.request_settings
+    return GrammarCompiler(llm.tokenizer, settings["vocab_size"], settings["eos_token_ids"])
 
 
 def _facts(llm: LLM) -> CoreFacts:

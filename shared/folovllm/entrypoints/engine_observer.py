@@ -11,7 +11,7 @@ class EngineObserver(Protocol):
     """Somebody who counts what an engine does; called between other work, so it must be quick."""
 
     def on_added(self, requests: Sequence[Request]) -> None:
-        """These are on their way to the engine."""
+        """The engine has accepted these."""
 
     def on_step(self, step: Step) -> None: ...
 

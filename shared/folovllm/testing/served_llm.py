@@ -62,7 +62,18 @@ class ServedLLM(LLM):
     config_class = ServedConfig
     engine_class = ServedEngine
 
-    def __init__(self, model: str | Path | None = None, **engine_options: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        load_format: str = "auto",
+        dtype: str = "auto",
+        device: str = "auto",
+        seed: int = 0,
+        tokenizer: str | None = None,
+        **engine_options: Any,
+    ) -> None:
+        """What concerns weights is taken as the command line gives it, and there are none."""
         config = build_config(self.config_class, engine_options)
         if model is None:
             raise ValueError("name the directory of a tokenizer")
@@ -70,7 +81,7 @@ class ServedLLM(LLM):
         self.tokenizer: Any = _TokenizerInFront(str(model))
         self.model: Any = ScriptedModel(ScriptedModelConfig(VOCAB_SIZE), _repeat_prompt)
         self.engine = ServedEngine(config, self.model)
-        self.request_settings = self._make_request_settings(config, seed=0)
+        self.request_settings = self._make_request_settings(config, seed=seed)
 
 
 def _repeat_prompt(request: Request) -> Sequence[int]:

@@ -41,8 +41,9 @@ def make_app(service: Service, metrics: EngineMetrics, settings: ServerSettings)
 
     async def tokenize(request: Request) -> Response:
         raw = await doors.raw_body(request)
-        body_class = TokenizeChatBody if _has_messages(raw) else TokenizeBody
-        return await service.tokenize(_parse(raw, body_class))
+        if _has_messages(raw):
+            return await service.tokenize(_parse(raw, TokenizeChatBody))
+        return await service.tokenize(_parse(raw, TokenizeBody))
 
     async def detokenize(request: Request) -> Response:
         return await service.detokenize(await doors.body(request, DetokenizeBody))
@@ -59,7 +60,7 @@ def make_app(service: Service, metrics: EngineMetrics, settings: ServerSettings)
         return Response(status_code=503 if service.is_draining else 200)
 
     async def version(request: Request) -> Response:
-        return json_response({"version": package_version("folovllm")})
+        return json_response({"version": package_version("folovllm") or "source checkout"})
 
     async def scrape(request: Request) -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")

@@ -48,10 +48,12 @@ class ChatShape:
         for token_id, position in zip(completion.token_ids, completion.logprobs, strict=True):
             top = sorted(position.items(), key=lambda item: item[1].rank)[: self._num_top]
             entry = _entry(token_id, position[token_id])
-            content.append({**entry, "top_logprobs": list(starmap(_entry, top))})
+            entry["top_logprobs"] = list(starmap(_entry, top))
+            content.append(entry)
         return {"content": content}
 
 
 def _entry(token_id: int, logprob: Logprob) -> dict[str, Any]:
     text = token_text(token_id, logprob)
-    return {"token": text, "logprob": finite(logprob.logprob), "bytes": list(text.encode())}
+    data = list(text.encode())
+    return dict(token=text, logprob=finite(logprob.logprob), bytes=data)

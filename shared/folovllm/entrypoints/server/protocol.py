@@ -1,10 +1,11 @@
 """The fields of every call, as OpenAI and vLLM name them; whatever is not here is refused."""
 
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...sampling_params import SamplingParams
+from ...sampling_params import SamplingParams, StructuredOutputsParams
 from ...text.chat import ChatOptions
 from .errors import ApiError
 from .settings import ServerSettings
@@ -15,8 +16,8 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 62)]
 _TAKEN_OVER = (
     "n", "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "seed", "stop", "stop_token_ids",
-    "allowed_token_ids", "bad_words", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens",
-    "truncate_prompt_tokens", "prompt_logprobs",
+    "allowed_token_ids", "bad_words", "include_stop_str_in_output", "ignore_eos",
+    "skip_special_tokens", "truncate_prompt_tokens", "prompt_logprobs",
 )  # fmt: skip
 """Fields that SamplingParams has under the same name."""
 
@@ -35,6 +36,49 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     """Usage so far in every chunk; vLLM's."""
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's field, with the names of `StructuredOutputsParams`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    json_: str | dict[str, Any] | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+    """Always is it followed to the letter."""
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's field."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def structured_outputs(self) -> StructuredOutputsParams | None:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ApiError(
+                400, 'response_format has a json_schema with type "json_schema", and only then',
+                param="response_format",
+            )  # fmt: skip
+        if self.json_schema is not None:
+            return StructuredOutputsParams(json=self.json_schema.schema_)
+        return StructuredOutputsParams(json_object=True) if self.type == "json_object" else None
 
 
 class GenerationBody(Body):
@@ -63,6 +107,8 @@ class GenerationBody(Body):
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: Count | None = None
     prompt_logprobs: Count | None = None
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
     priority: Count | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     return_token_ids: bool | None = None
@@ -85,8 +131,21 @@ class GenerationBody(Body):
         given["logprobs"] = self.num_logprobs
         if self.prompt_logprobs is not None and self.stream:
             raise ApiError(400, "prompt_logprobs are not streamed", param="prompt_logprobs")
-        values = {name: getattr(defaults, name) for name in SamplingParams.__dataclass_fields__}
-        return SamplingParams(**{**values, **given})
+        given["structured_outputs"] = self._structure()
+        return replace(defaults, **given)
+
+    def _structure(self) -> StructuredOutputsParams | None:
+        wanted = None
+        if self.response_format is not None:
+            wanted = self.response_format.structured_outputs()
+        if self.structured_outputs is None:
+            return wanted
+        if wanted is not None:
+            raise ApiError(
+                400, "give structured_outputs or response_format, not both",
+                param="structured_outputs",
+            )  # fmt: skip
+        return StructuredOutputsParams(**self.structured_outputs.model_dump(by_alias=True))
 
     def _check_limits(self, settings: ServerSettings) -> None:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -136,12 +195,6 @@ class CompletionBody(GenerationBody):
         return params
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: str
-
-
 class ConversationBody(Body):
     """What makes a prompt of messages."""
 
@@ -173,7 +226,6 @@ class ChatBody(ConversationBody, GenerationBody):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
-    response_format: ResponseFormat | None = None
     parallel_tool_calls: bool | None = None
 
     @property
@@ -187,11 +239,6 @@ class ChatBody(ConversationBody, GenerationBody):
     def sampling_params(self, defaults: SamplingParams, settings: ServerSettings) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise ApiError(
-                400, f"response_format of type {self.response_format.type!r} is not supported",
-                param="response_format",
-            )  # fmt: skip
         if self.max_completion_tokens is not None:
             if self.max_tokens not in (None, self.max_completion_tokens):
                 raise ApiError(

@@ -1,7 +1,8 @@
-"""From the body of a call to its answer: what /v1/completions, /v1/chat/completions and so on do."""
+"""From the body of a call to its answer: completions, chat, and what tokenizers do."""
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -58,11 +59,9 @@ class Service:
 
     async def chat(self, request: Request, body: ChatBody) -> Response:
         # A chat goes on to the end of its turn where nobody sets a limit, a completion does not.
-        unlimited = SamplingParams().max_tokens == self._defaults.max_tokens
-        values = {
-            name: getattr(self._defaults, name) for name in SamplingParams.__dataclass_fields__
-        }
-        defaults = SamplingParams(**{**values, "max_tokens": None}) if unlimited else self._defaults
+        defaults = self._defaults
+        if defaults.max_tokens == SamplingParams().max_tokens:
+            defaults = replace(defaults, max_tokens=None)
         params = self._params(body, defaults, 1)
         prompt = await asyncio.to_thread(self._render, body, body.cache_salt)
         return await self._generate(request, body, [prompt], params, ChatShape(body))
@@ -165,6 +164,8 @@ class Service:
             raise ApiError(429, str(error), kind="rate_limit_error") from error
         except ValueError as error:
             raise invalid_value(error, type(body).model_fields) from error
+        except ImportError as error:
+            raise ApiError(400, str(error), param="structured_outputs") from error
 
     def _take_prompts(
         self, prompts: Sequence[PromptInput], body: CompletionBody
