@@ -12,17 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-
-for package in ("fastapi", "uvicorn", "zmq", "msgspec", "prometheus_client", "openai", "httpx"):
-    pytest.importorskip(package)
-
-import httpx
-import openai
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer
 from folovllm.text.tokenizer import Tokenizer
+
+pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+openai = pytest.importorskip("openai")
+httpx = pytest.importorskip("httpx")
 
 MAIN = (
     "import sys; from folovllm.cli.main import main; "
@@ -131,9 +129,9 @@ def test_prompts_are_texts_or_ids_or_lists_of_them_and_may_be_echoed(client, tok
 
 def test_openai_chats_in_one_piece_and_in_chunks(client, tokenizer):
     messages = [{"role": "user", "content": [{"type": "text", "text": "你好 dog"}]}]
-    settings = {"model": "toy", "messages": messages, "max_completion_tokens": 25, "n": 2}
-    settings |= {"logprobs": True, "top_logprobs": 2}
-    whole = client.chat.completions.create(**settings)
+    call = {"model": "toy", "messages": messages, "max_completion_tokens": 25, "n": 2}
+    call |= {"logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**call)
     text = "user: 你好 dog\nassistant: "
     for choice in whole.choices:
         assert choice.message.role == "assistant"
@@ -141,9 +139,7 @@ def test_openai_chats_in_one_piece_and_in_chunks(client, tokenizer):
         assert len(choice.logprobs.content) == 25
         assert len(choice.logprobs.content[0].top_logprobs) == 2
     chunks = list(
-        client.chat.completions.create(
-            **settings, stream=True, stream_options={"include_usage": True}
-        )
+        client.chat.completions.create(**call, stream=True, stream_options={"include_usage": True})
     )
     joined, reasons, num_tokens = ["", ""], [None, None], 0
     for chunk in chunks[:-1]:
@@ -239,7 +235,6 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
         ("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools"),
         ("chat/completions", {**CHAT, "chat_template": "x"}, 400, "chat_template"),
         ("chat/completions", {**CHAT, "response_format": {"type": "x"}}, 400, "response_format"),
-        ("chat/completions", {**CHAT, "max_tokens": 1 << 20}, 400, "max_tokens"),
     ],
 )
 def test_error_names_the_field(server, path, body, status, param):
@@ -342,7 +337,7 @@ def test_slow_reader_gets_all_of_it(server):
         rest = [line for line in lines if line.startswith("data: {")]
     texts = [json.loads(line.removeprefix("data: ")) for line in [first, *rest]]
     text = "".join(part["choices"][0]["text"] for part in texts)
-    assert text == ("Hello world" * 1500)[: len(text)] and len(text) > 3000
+    assert text == "Hello world" * 250  # of six tokens each
 
 
 def test_limits_keys_and_the_end(tokenizer_path, tmp_path):
@@ -380,12 +375,10 @@ async def check_queue_and_drain(server, call):
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
         assert refused.json()["error"]["type"] == "rate_limit_error"
         running = [post(), post()]
-        while (await client.get("/metrics")).text.count('finished_reason="length"') == 0:
-            if (
-                'num_requests_running{engine="0",model_name="toy"} 0.0'
-                not in (await client.get("/metrics")).text
-            ):
-                break
+        while (
+            'num_requests_running{engine="0",model_name="toy"} 1'
+            not in (await client.get("/metrics")).text
+        ):
             await asyncio.sleep(0.02)
         server.process.send_signal(signal.SIGTERM)
         while (await client.get("/health")).status_code == 200:
@@ -400,7 +393,6 @@ async def check_queue_and_drain(server, call):
 def test_dead_engine_answers_everybody_and_ends_the_server(tokenizer_path, tmp_path):
     log = tmp_path / "log"
     server = Served(tokenizer_path, log, "--step-ms", "5", "--exit-at-step", "40")
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
     async def run():
         async with openai.AsyncOpenAI(
@@ -418,7 +410,6 @@ def test_dead_engine_answers_everybody_and_ends_the_server(tokenizer_path, tmp_p
             return await asyncio.gather(stream(), call, return_exceptions=True)
 
     streamed, whole = asyncio.run(run())
-    client.close()
     assert isinstance(streamed, openai.APIError) and "status 7" in str(streamed)
     assert isinstance(whole, openai.InternalServerError)
     assert server.process.wait(20) == 1

@@ -19,7 +19,7 @@ class ChatShape:
 
     def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Any:
         message = {"role": "assistant", "content": completion.text}
-        choice = {"index": index, "message": message, **self._rest(completion)}
+        choice: dict[str, Any] = {"index": index, "message": message, **self._rest(completion)}
         if output.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs(output)
         return choice
@@ -32,7 +32,7 @@ class ChatShape:
         return {"index": index, "delta": {"content": completion.text}, **self._rest(completion)}
 
     def _rest(self, completion: CompletionOutput) -> dict[str, Any]:
-        rest = {
+        rest: dict[str, Any] = {
             "logprobs": self._logprobs(completion),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
@@ -56,4 +56,4 @@ class ChatShape:
 def _entry(token_id: int, logprob: Logprob) -> dict[str, Any]:
     text = token_text(token_id, logprob)
     data = list(text.encode())
-    return dict(token=text, logprob=finite(logprob.logprob), bytes=data)
+    return {"token": text, "logprob": finite(logprob.logprob), "bytes": data}

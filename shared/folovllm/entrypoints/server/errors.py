@@ -1,5 +1,6 @@
 """Errors in the form of OpenAI's API."""
 
+import re
 from typing import Any
 
 import msgspec
@@ -59,6 +60,5 @@ def invalid_body(error: ValidationError) -> ApiError:
 def invalid_value(error: ValueError, fields: Any) -> ApiError:
     """Of a setting that the engine cannot follow; its message begins with the field, or not."""
     message = str(error)
-    words = message.replace("=", " ").replace(":", " ").split()
-    named = next((word for word in words if word in fields), None)
+    named = next((word for word in re.findall(r"\w+", message) if word in fields), None)
     return ApiError(400, message, param=named)

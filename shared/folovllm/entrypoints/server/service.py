@@ -200,9 +200,9 @@ class Service:
             ids = tokenizer.apply_chat_template(body.messages, body.chat_options())
             return Prompt(tokenizer.decode(ids, skip_special_tokens=False), ids, cache_salt)
         except ValueError as error:
-            fields = type(body).model_fields
-            param = next((name for name in fields if name in str(error)), "messages")
-            raise ApiError(400, str(error), param=param) from error
+            refusal = invalid_value(error, ConversationBody.model_fields)
+            refusal.content["param"] = refusal.content["param"] or "messages"
+            raise refusal from error
 
     def _tokenizer(self) -> Tokenizer:
         if self.llm.tokenizer is None:
