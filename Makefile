@@ -35,12 +35,14 @@ ifdef NO_VENV
   READY :=
   RUNTIME :=
   DEV :=
+  SERVE :=
 else
   PY := $(VENV)/bin/python
   # Python alone: what compares files needs no package.
   READY := $(VENV)/.stamp-venv
   RUNTIME := $(VENV)/.stamp-runtime
   DEV := $(VENV)/.stamp-dev
+  SERVE := $(VENV)/.stamp-serve
 endif
 RUN := PYTHONPATH=.:shared $(PY)
 MODEL_FILES := $(if $(MODEL),,$(EMBEDDED))
@@ -67,6 +69,7 @@ help: ## list the verbs
 	@echo '  Stages here: $(SHORT_NAMES). For each of them, as for $(LAST):'
 	@echo '  $(LAST)             answer a prompt (PROMPT="…", MODEL=…, ARGS=…)'
 	@echo '  $(LAST)-chat        talk with the model (MODEL=…, ARGS=…)'
+	@echo '  $(LAST)-serve       answer the API of OpenAI at http://127.0.0.1:8000 (MODEL=…, ARGS="--port 8001")'
 	@echo '  $(LAST)-bench       measure one run on a workload (WORKLOAD="$(WORKLOAD)", MODEL=…, ARGS=…)'
 	@echo '  $(LAST)-compare     measure it beside the stage before it, on the workload that shows its idea: a sentence and'
 	@echo '                 a chart within two minutes (MODEL=…, ARGS=…; from m2 on)'
@@ -123,13 +126,16 @@ compare-test: $(DEV) ## run the tests of compare
 
 # $(call stage_verbs,m2,m2_batching): the verbs of one stage.
 define stage_verbs
-.PHONY: $(1) $(1)-chat $(1)-bench $(1)-test diff-$(1)
+.PHONY: $(1) $(1)-chat $(1)-serve $(1)-bench $(1)-test diff-$(1)
 
 $(1): $$(RUNTIME) $$(MODEL_FILES)
 	$$(RUN) -m $(2) generate$$(MODEL_OPTION)$$(EXTRA) $$(call quote,$$(value PROMPT))
 
 $(1)-chat: $$(RUNTIME) $$(MODEL_FILES)
 	$$(RUN) -m $(2) chat$$(MODEL_OPTION)$$(EXTRA)
+
+$(1)-serve: $$(SERVE) $$(MODEL_FILES)
+	$$(RUN) -m $(2) serve$$(MODEL_OPTION)$$(EXTRA)
 
 $(1)-bench: $$(RUNTIME) $$(MODEL_FILES)
 	$$(RUN) -m $(2) bench$$(MODEL_OPTION) --workload $$(call quote,$$(value WORKLOAD)) \
@@ -181,7 +187,11 @@ $(VENV)/.stamp-runtime: $(VENV)/.stamp-torch requirements.txt constraints.txt
 	$(PY) -m pip install -c constraints.txt -r requirements.txt
 	@touch $@
 
-$(VENV)/.stamp-dev: $(VENV)/.stamp-runtime requirements-dev.txt
+$(VENV)/.stamp-serve: $(VENV)/.stamp-runtime requirements-serve.txt
+	$(PY) -m pip install -c constraints.txt -r requirements-serve.txt
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-runtime requirements-dev.txt requirements-serve.txt
 	$(PY) -m pip install -c constraints.txt -r requirements-dev.txt
 	@touch $@
 
@@ -189,7 +199,7 @@ $(EMBEDDED): | $(RUNTIME)
 	$(RUN) -m m0_infra fetch
 
 # Without a rule of their own, `make -B` would take them for unknown verbs.
-Makefile constraints.txt requirements.txt requirements-dev.txt: ;
+Makefile constraints.txt requirements.txt requirements-serve.txt requirements-dev.txt: ;
 
 .DEFAULT:
 	@echo "error: '$@' is no verb and no file that can be made; stages here: $(SHORT_NAMES). 'make help' lists the verbs." >&2; exit 2

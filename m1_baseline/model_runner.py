@@ -7,6 +7,7 @@ import torch
 
 from folovllm.interfaces import SamplerOutput
 from folovllm.model.transformer import CausalLM
+from folovllm.sampling.prompt_logprobs import compute_prompt_logprobs
 from folovllm.sampling.sampler import Sampler
 from folovllm.transfer import upload
 
@@ -46,9 +47,12 @@ class ModelRunner:
         batch = self.prepare_inputs(scheduler_output)
         hidden = self.model(batch.input_ids, batch.positions, self.attention.forward)
         logits = self.model.compute_logits(hidden[batch.logits_indices])
+        prompt_logprobs = compute_prompt_logprobs(
+            scheduler_output.scheduled, hidden, self.model.compute_logits
+        )
         # Behind the launches: the device computes while the host collects the sampling rules.
         sampling = self.sampler.prepare([s.request for s in scheduler_output.scheduled])
-        return self.sampler.sample(logits, sampling).to_host()
+        return self.sampler.sample(logits, sampling).to_host(prompt_logprobs)
 
     def prepare_inputs(self, scheduler_output: SchedulerOutput) -> InputBatch:
         """Gather what the model reads, on the host, and upload it in one copy."""

@@ -12,6 +12,7 @@ from folovllm.model.config import kv_bytes_per_token
 from folovllm.model.transformer import CausalLM
 from folovllm.request import Request, SamplingParams
 from folovllm.sampling.largest_batch import run_largest_sampling
+from folovllm.sampling.prompt_logprobs import compute_prompt_logprobs
 from folovllm.sampling.sampler import Sampler
 from folovllm.transfer import upload
 
@@ -63,9 +64,12 @@ class ModelRunner:
         attend = partial(self.attention.forward, batch.attention)
         hidden = self.model(batch.input_ids, batch.positions, attend)
         logits = self.model.compute_logits(hidden[batch.logits_indices])
+        prompt_logprobs = compute_prompt_logprobs(
+            scheduler_output.scheduled, hidden, self.model.compute_logits
+        )
         # Behind the launches: the device computes while the host collects the sampling rules.
         sampling = self.sampler.prepare([s.request for s in scheduler_output.scheduled])
-        return self.sampler.sample(logits, sampling).to_host()
+        return self.sampler.sample(logits, sampling).to_host(prompt_logprobs)
 
     def prepare_inputs(self, scheduler_output: SchedulerOutput) -> InputBatch:
         """Gather what the model reads, on the host, and upload it in one copy.

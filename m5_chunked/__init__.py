@@ -7,7 +7,7 @@ imported, and tested, where torch is not installed.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from folovllm.request import SamplingParams
+from folovllm.request import SamplingParams, StructuredOutputsParams
 
 from .config import EngineConfig
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .engine import LLMEngine
     from .llm import LLM
 
-__all__ = ["LLM", "EngineConfig", "LLMEngine", "SamplingParams"]
+__all__ = ["LLM", "EngineConfig", "LLMEngine", "SamplingParams", "StructuredOutputsParams"]
 
 _HOMES = {"LLM": ".llm", "LLMEngine": ".engine"}
 

@@ -11,6 +11,7 @@ from folovllm.model.config import kv_bytes_per_token
 from folovllm.model.transformer import CausalLM
 from folovllm.request import Request, SamplingParams
 from folovllm.sampling.largest_batch import run_largest_sampling
+from folovllm.sampling.prompt_logprobs import compute_prompt_logprobs, find_prompt_rows
 from folovllm.sampling.sampler import SampledTokens, Sampler, TokensOnTheWay
 from folovllm.sampling.tensors import Noise
 from folovllm.transfer import upload
@@ -55,11 +56,15 @@ class ModelRunner:
         step = self.prepare_inputs(scheduler_output)
         if isinstance(step, StepGraph):
             return self._replay(step, requests)
-        logits = self._compute_logits(step)
+        hidden = self._compute_hidden(step)
+        logits = self._compute_logits(step, hidden)
+        prompt_logprobs = compute_prompt_logprobs(
+            scheduler_output.scheduled, hidden, self.model.compute_logits
+        )
         # Behind the launches: the device computes while the host collects the sampling rules.
         sampled = self.sampler.sample(logits, self.sampler.prepare(requests))
         self.last_tokens.index_copy_(0, step.table_rows, sampled.token_ids)
-        return sampled.send_to_host()
+        return sampled.send_to_host(prompt_logprobs=prompt_logprobs)
 
     def wait_for_device(self) -> None:
         """Return when all that was launched is done, and pinned memory may be written again."""
@@ -78,17 +83,15 @@ class ModelRunner:
         batch = gather_batch(scheduled, self.block_tables, self.config.block_size)
         num_pairs = batch.max_query_len * batch.max_seq_len
         graph = None
-        if self.graphs is not None:
+        if self.graphs is not None and not find_prompt_rows(scheduled):
             graph = self.graphs.find(len(batch.input_ids), len(scheduled), num_pairs)
         if graph is not None:
             graph.fill(batch)
             return graph
         return InputBatch._make([*upload(batch.columns, self.model.device), *batch[8:]])
 
-    def _compute_logits(
-        self, batch: InputBatch[torch.Tensor], out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """[num_requests, vocab_size], of each request's last token; into `out` if given."""
+    def _compute_hidden(self, batch: InputBatch[torch.Tensor]) -> torch.Tensor:
+        """[num_tokens, hidden_size], of every token of the step."""
         tables = self.block_tables.device
         tables.view(-1).index_copy_(0, batch.table_entries, batch.last_block_ids)
         metadata = AttentionMetadata(
@@ -102,7 +105,15 @@ class ModelRunner:
         )
         self.attention.start_step(metadata)
         attend = partial(self.attention.forward, metadata)
-        hidden = self.model(self.token_table[batch.input_ids], batch.positions, attend)
+        return self.model(self.token_table[batch.input_ids], batch.positions, attend)
+
+    def _compute_logits(
+        self,
+        batch: InputBatch[torch.Tensor],
+        hidden: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[num_requests, vocab_size], of each request's last token; into `out` if given."""
         if batch.max_query_len > 1:
             hidden = hidden.index_select(0, batch.cu_seqlens_q[1:] - 1)
         return self.model.compute_logits(hidden, out)
@@ -133,7 +144,7 @@ class ModelRunner:
         def run_step(
             batch: InputBatch[torch.Tensor], noise: Noise, logits: torch.Tensor
         ) -> torch.Tensor:
-            self._compute_logits(batch, logits)
+            self._compute_logits(batch, self._compute_hidden(batch), logits)
             choices = choose_tokens(logits, noise.temperatures, noise.seeds, noise.positions)
             self.last_tokens.index_copy_(0, batch.table_rows, choices[0])
             return choices

@@ -134,9 +134,10 @@ class KVCacheManager:
         """Let a waiting request start from cached blocks, if they hold more than it has.
 
         At least its last token is left to compute. Of the last block, only the first tokens may be
-        its own: it gets a copy when it writes to it.
+        its own: it gets a copy when it writes to it. Who asks for the log-probabilities of its
+        prompt computes all of it.
         """
-        if not self.is_caching:
+        if not self.is_caching or request.needs_prompt_logits:
             return
         prompt = self.prompt_bytes.get(request)
         if prompt is None:

@@ -23,7 +23,16 @@ PACKAGES = {
 }
 NOT_SOURCES = ("tests", "microbench", "results", "build", "__pycache__", "*.egg-info")
 # Modules that come with a dependency.
-BROUGHT_BY = {"huggingface_hub": "transformers", "tokenizers": "transformers", "jinja2": "torch"}
+BROUGHT_BY = {
+    "huggingface_hub": "transformers",
+    "tokenizers": "transformers",
+    "jinja2": "torch",
+    "pydantic": "fastapi",
+    "pydantic_core": "fastapi",
+    "starlette": "fastapi",
+    "uvloop": "uvicorn",
+    "zmq": "pyzmq",
+}
 # Never asked for, used where somebody installed them: other engines, the driver's counters, and
 # FlashAttention-3, which no index has under a name of its own.
 WHERE_INSTALLED = {"vllm", "nanovllm", "pynvml", "flash_attn_interface"}
@@ -50,7 +59,7 @@ def read_optional_dependencies(package: str) -> list[str]:
 
 def read_requirements(name: str) -> list[str]:
     lines = (ROOT / name).read_text().splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [line.strip() for line in lines if line.strip() and not line.startswith(("#", "-r"))]
 
 
 def requirement_name(requirement: str) -> str:
@@ -157,6 +166,11 @@ def test_requirements_are_the_union_of_what_the_packages_declare():
     ours_and_torch = {*PACKAGES, "torch"}
     third_party = {text for text in declared if requirement_name(text) not in ours_and_torch}
     assert third_party == set(read_requirements("requirements.txt"))
+
+
+def test_requirements_of_the_server_are_the_extra_that_it_needs():
+    extra = read_project("folovllm")["optional-dependencies"]["serve"]
+    assert extra == read_requirements("requirements-serve.txt")
 
 
 def test_pinned_versions_satisfy_the_declared_ranges():

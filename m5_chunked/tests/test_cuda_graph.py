@@ -197,6 +197,25 @@ def test_batch_that_no_graph_holds_is_launched_kernel_by_kernel(model, monkeypat
     assert set(replays.decodes) == {(4, 4), (4, 3), (2, 2), (1, 1)}
 
 
+def test_step_with_logprobs_of_a_prompt_is_launched_kernel_by_kernel(model, monkeypatch) -> None:
+    """A graph keeps the last row of each request alone. The decodes behind it are replayed."""
+    prompts = prompts_of(3)
+    params = [greedy(6, prompt_logprobs=2), greedy(6), greedy(6)]
+    asking = []
+    for engine in (make_engine(model), eager_engine(model)):
+        is_graphed = engine.model_runner.graphs is not None
+        replays = Replays(engine, monkeypatch) if is_graphed else None
+        requests = make_requests(prompts, params)
+        drain(engine, requests)
+        asking.append(requests[0])
+        if replays is not None:
+            assert replays.decodes == [(4, 3)] * 5
+    assert asking[0].output_token_ids == asking[1].output_token_ids
+    assert len(asking[0].prompt_logprobs) == len(prompts[0]) - 1
+    for ours, theirs in zip(*(request.prompt_logprobs for request in asking), strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+
+
 def test_prompts_of_one_token_are_a_decode_step(model, monkeypatch) -> None:
     graphed, eager = make_engine(model), eager_engine(model)
     replays = Replays(graphed, monkeypatch)

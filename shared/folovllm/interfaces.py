@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from .request import FinishReason, Request
 
 if TYPE_CHECKING:  # the bookkeeping that uses this file runs where torch is not installed
+    import numpy as np
     import torch
 
 
@@ -99,6 +100,17 @@ class Engine(Protocol):
 
     def step(self) -> StepOutput:
         """Run one forward pass over whatever is scheduled."""
+
+
+class TokenGrammar(Protocol):
+    """Which tokens the output of one request may go on with."""
+
+    def fill_mask(self, request: Request, mask: "np.ndarray") -> None:
+        """Write which tokens may follow the request's output so far.
+
+        mask: [ceil(vocab_size / 32)] int32, contiguous; bit b of word w stands for token
+        32 * w + b. At least one is set, and a stop token's only where the output may end.
+        """
 
 
 class AttendFn(Protocol):

@@ -1,19 +1,15 @@
-"""What a request is, in every stage: prompt, sampling settings, progress, state."""
+"""What a request is, in every stage: prompt, progress, state."""
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from functools import cached_property
+from typing import TYPE_CHECKING
 
-from .setting_checks import (
-    checked_bias,
-    checked_stop,
-    checked_token_ids,
-    require_bool,
-    require_int,
-    require_range,
-)
+from .sampling_params import SamplingParams, StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from .interfaces import TokenGrammar, TokenLogprobs
+
+__all__ = ["FinishReason", "Request", "RequestStatus", "SamplingParams", "StructuredOutputsParams"]
 
 
 class RequestStatus(Enum):
@@ -36,110 +32,6 @@ class FinishReason(Enum):
     """`max_tokens` were produced."""
     ABORT = "abort"
     """The client took it back."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How the tokens of one request are chosen and when to stop; names and defaults are vLLM's."""
-
-    n: int = 1
-    """Completions per prompt; each is a request of its own with its own seed."""
-    max_tokens: int | None = 16
-    """Most tokens to produce; None means as many as `max_model_len` leaves room for."""
-    min_tokens: int = 0
-    """No end-of-sequence or stop token is sampled before this many tokens."""
-    temperature: float = 1.0
-    """0 is greedy. Logits are divided by it after penalties and before the filters below."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0 (or -1) keeps all."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens whose probability reaches this (nucleus sampling)."""
-    min_p: float = 0.0
-    """Drop tokens less likely than this times the likeliest one."""
-    presence_penalty: float = 0.0
-    """Subtracted once from the logit of every token already produced."""
-    frequency_penalty: float = 0.0
-    """Subtracted from a logit once per time that token was produced."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or output."""
-    logit_bias: Mapping[int, float] | None = None
-    """Added to the logits of these token ids."""
-    seed: int | None = None
-    """Same seed, same tokens, whatever else is in the batch; None draws from the engine's seed."""
-    logprobs: int | None = None
-    """Report the chosen token's log-probability and this many of the likeliest."""
-    stop: str | Sequence[str] | None = None
-    """Text that ends the output; it is cut off unless `include_stop_str_in_output`."""
-    stop_token_ids: Sequence[int] | None = None
-    """Token ids that end the output, beside the model's own."""
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    """Keep going after end-of-sequence tokens; stop strings and ids still count."""
-    skip_special_tokens: bool = True
-    """Leave special tokens out of the text (they stay in the token ids)."""
-
-    def __post_init__(self) -> None:
-        require_int("n", self.n, 1)
-        if self.max_tokens is not None:
-            require_int("max_tokens", self.max_tokens, 1)
-        require_int("min_tokens", self.min_tokens, 0)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); "
-                f"lower min_tokens or raise max_tokens"
-            )
-        require_range("temperature", self.temperature, 0.0, math.inf)
-        require_int("top_k", self.top_k, -1)
-        require_range("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0.0:
-            raise ValueError(
-                "top_p must be above 0 and at most 1, got 0; use temperature=0 instead"
-            )
-        require_range("min_p", self.min_p, 0.0, 1.0)
-        require_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        require_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        require_range("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
-        if self.repetition_penalty == 0.0:
-            raise ValueError("repetition_penalty must be above 0 (1 switches it off), got 0")
-        if self.seed is not None:
-            require_int("seed", self.seed, 0)
-        if self.logprobs is not None:
-            require_int("logprobs", self.logprobs, 0)
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
-            require_bool(name, getattr(self, name))
-        object.__setattr__(self, "stop", checked_stop(self.stop))
-        object.__setattr__(
-            self, "stop_token_ids", checked_token_ids("stop_token_ids", self.stop_token_ids)
-        )
-        object.__setattr__(self, "logit_bias", checked_bias(self.logit_bias))
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    @cached_property
-    def has_only_temperature(self) -> bool:
-        """Whether tokens follow from logits and temperature alone, and nothing is reported."""
-        rules = (self.logit_bias, self.min_tokens, self.min_p)
-        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0)
-        return (
-            not any(rules)
-            and not any(penalties)
-            and self.logprobs is None
-            and self.top_k <= 0
-            and self.top_p == 1.0
-        )
-
-    @property
-    def needs_output_on_host(self) -> bool:
-        """Whether a token cannot be sampled before the ids of those before it are known."""
-        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0)
-        return any(penalties)
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        assert isinstance(self.stop, tuple)
-        return self.stop
 
 
 @dataclass(eq=False, kw_only=True)
@@ -167,6 +59,10 @@ class Request:
     cache_salt: str | None = None
     """Only requests with the same salt share cached prefixes, those with None among themselves; a
     fork has its parent's. A stage without a prefix cache shares nothing, whatever the salt."""
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    """`SamplingParams.bad_words`: the last token of each is not sampled behind the others."""
+    grammar: "TokenGrammar | None" = None
+    """`SamplingParams.structured_outputs` for the tokens of a model; no other request has it."""
     is_steered: bool = False
     """Whether its maker looks at every token before there is to be another, as beam search does."""
     arrival_time: float = 0.0
@@ -182,6 +78,9 @@ class Request:
     token_ids: list[int] = field(init=False)
     """Prompt and output, in order, as far as the host knows them."""
     num_prompt_tokens: int = field(init=False)
+    prompt_logprobs: "list[TokenLogprobs]" = field(init=False, default_factory=list)
+    """Of the prompt's tokens but the first, as far as they are known: complete when the first
+    output token is. None of them is lost or doubled when the prompt is computed again."""
     max_tokens: int = field(init=False)
     stop_token_ids: frozenset[int] = field(init=False)
     """Ids that end this request: the given ones, and the model's unless `ignore_eos`."""
@@ -196,6 +95,21 @@ class Request:
             raise ValueError(
                 f"request {self.request_id} has max_tokens=None; an engine needs a number "
                 f"(LLM.generate fills it in from max_model_len)"
+            )
+        if self.sampling_params.bad_words and not self.bad_words_token_ids:
+            raise ValueError(
+                f"request {self.request_id} has bad_words, which are text; an engine needs them as "
+                f"bad_words_token_ids (LLM.generate fills them in from the tokenizer)"
+            )
+        if self.sampling_params.structured_outputs is not None and self.grammar is None:
+            raise ValueError(
+                f"request {self.request_id} has structured_outputs; an engine needs them compiled, "
+                f"as `grammar` (LLM.generate does it, with a GrammarCompiler)"
+            )
+        if self.fork_of is not None and self.sampling_params.prompt_logprobs is not None:
+            raise ValueError(
+                f"request {self.request_id} shares the prompt of {self.fork_of.request_id}, which "
+                f"it does not compute; ask that one for prompt_logprobs"
             )
         self.token_ids = list(self.prompt_token_ids)
         self.num_prompt_tokens = len(self.prompt_token_ids)
@@ -214,7 +128,15 @@ class Request:
     @property
     def needs_output_on_host(self) -> bool:
         """Whether no step may be launched before the ids of the tokens so far are known."""
-        return self.is_steered or self.sampling_params.needs_output_on_host
+        has_long_bad_words = any(len(word) > 1 for word in self.bad_words_token_ids)
+        is_ruled = self.sampling_params.needs_output_on_host or has_long_bad_words
+        return self.is_steered or is_ruled
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Whether all of the prompt has to be computed, for the sake of its log-probabilities."""
+        is_complete = len(self.prompt_logprobs) >= self.num_prompt_tokens - 1
+        return self.sampling_params.prompt_logprobs is not None and not is_complete
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -28,12 +28,12 @@ def require_bool(name: str, value: object) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
-def checked_stop(stop: object) -> tuple[str, ...]:
-    """Stop strings as a tuple; None is none."""
-    texts = (stop,) if isinstance(stop, str) else () if stop is None else stop
-    if not isinstance(texts, Sequence) or not all(isinstance(t, str) and t for t in texts):
-        raise ValueError(f"stop must be a string or a list, none of them empty, got {stop!r}")
-    return tuple(texts)
+def checked_texts(name: str, texts: object) -> tuple[str, ...]:
+    """One text or several as a tuple; None is none."""
+    given = (texts,) if isinstance(texts, str) else () if texts is None else texts
+    if not isinstance(given, Sequence) or not all(isinstance(t, str) and t for t in given):
+        raise ValueError(f"{name} must be a string or a list, none of them empty, got {texts!r}")
+    return tuple(given)
 
 
 def checked_token_ids(name: str, token_ids: object) -> tuple[int, ...]:

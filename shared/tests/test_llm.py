@@ -15,7 +15,8 @@ from folovllm.entrypoints.beam_search import BeamSearchParams
 from folovllm.entrypoints.llm import LLM
 from folovllm.entrypoints.outputs import CompletionOutput
 from folovllm.entrypoints.turns import Turns
-from folovllm.request import SamplingParams
+from folovllm.interfaces import TokenLogprobs
+from folovllm.request import SamplingParams, StructuredOutputsParams
 from folovllm.testing.scripted_engine import (
     ScriptedLLM,
     ScriptedModel,
@@ -297,6 +298,122 @@ def test_priorities_without_the_policy_or_in_the_wrong_number_are_refused(make_l
             generate(llm, ["Hello", "dog"], priority=wrong)
 
 
+# What is reported of a prompt, and rules in words -------------------------------------------------
+
+
+@pytest.fixture
+def make_reporting_llm(make_llm):
+    """An LLM whose engine reports something about prompts as well."""
+
+    def make(**options):
+        llm = make_llm(**options)
+        add_request = llm.engine.add_request
+
+        def add(request):
+            if request.sampling_params.prompt_logprobs is not None:
+                num_top = request.sampling_params.prompt_logprobs
+                top = tuple((rank, -0.5 * (rank + 1)) for rank in range(num_top))
+                position = TokenLogprobs(-2.0, num_top + 1, top)
+                request.prompt_logprobs += [position] * (request.num_prompt_tokens - 1)
+            add_request(request)
+
+        llm.engine.add_request = add
+        return llm
+
+    return make
+
+
+def test_prompt_logprobs_are_by_token_id_with_the_token_itself_first(make_reporting_llm, tokenizer):
+    llm = make_reporting_llm()
+    (output,) = generate(llm, "Hello", SamplingParams(n=2, max_tokens=2, prompt_logprobs=2))
+    ids = tokenizer.encode("Hello")
+    first, *others = output.prompt_logprobs
+    assert first is None
+    assert len(others) == len(ids) - 1
+    for position, token_id in zip(others, ids[1:], strict=True):
+        assert next(iter(position)) == token_id
+        assert position[token_id].logprob == -2.0
+        assert position[token_id].rank == 3
+        assert position[token_id].decoded_token == tokenizer.token_text(token_id)
+        assert [position[i].rank for i in (0, 1)] == [1, 2]
+    asked = [request.sampling_params.prompt_logprobs for request in llm.engine.added]
+    assert asked == [2, None], "a fork does not compute the prompt"
+
+
+def test_prompt_logprobs_of_zero_are_the_token_alone_and_none_of_one_token(make_reporting_llm):
+    llm = make_reporting_llm()
+    params = SamplingParams(max_tokens=2, prompt_logprobs=0)
+    assert generate(llm, [[5]], params)[0].prompt_logprobs == [None]
+    (output,) = generate(llm, [[5, 6]], params)
+    assert [list(position) for position in output.prompt_logprobs[1:]] == [[6]]
+    assert generate(llm, [[5, 6]])[0].prompt_logprobs is None
+    for output in llm.stream([5, 6], params):
+        assert list(output.prompt_logprobs[1]) == [6]
+
+
+def test_without_detokenizing_there_is_no_text(make_reporting_llm, tokenizer):
+    params = SamplingParams(max_tokens=3, detokenize=False, logprobs=1, prompt_logprobs=0)
+    (output,) = generate(make_reporting_llm(), "Hello", params)
+    assert output.outputs[0].text == ""
+    assert output.outputs[0].token_ids == tokenizer.encode(ANSWER)[:3]
+    positions = [*output.outputs[0].logprobs, *output.prompt_logprobs[1:]]
+    assert {logprob.decoded_token for p in positions for logprob in p.values()} == {None}
+
+
+def test_prompt_is_truncated_from_the_left(make_llm, tokenizer):
+    llm = make_llm(max_model_len=20)
+    long = tokenizer.encode("The dog " * 20)
+    for truncate, max_tokens, expected in ((7, 3, 7), (-1, 4, 16), (-1, None, 19), (7, None, 7)):
+        params = SamplingParams(truncate_prompt_tokens=truncate, max_tokens=max_tokens)
+        (output,) = generate(llm, "The dog " * 20, params)
+        assert output.prompt_token_ids == long[-expected:]
+        assert output.prompt == "The dog " * 20
+    short = SamplingParams(truncate_prompt_tokens=9, max_tokens=2)
+    assert generate(llm, [[5, 6]], short)[0].prompt_token_ids == [5, 6]
+    with pytest.raises(ValueError, match="truncate_prompt_tokens=21 of prompt 0 is above"):
+        generate(llm, "x", SamplingParams(truncate_prompt_tokens=21))
+
+
+def test_bad_words_reach_the_engine_as_tokens_with_and_without_a_space(make_llm, tokenizer):
+    llm = make_llm()
+    generate(llm, "Hello", SamplingParams(bad_words=["dog", "do not"], n=2))
+    for request in llm.engine.added:
+        words = request.bad_words_token_ids
+        assert tuple(tokenizer.encode("dog")) in words
+        assert tuple(tokenizer.encode(" dog")) in words
+        assert tuple(tokenizer.encode("do not")) in words
+    with pytest.raises(ValueError, match="bad_words .* no tokenizer"):
+        generate(make_llm(with_tokenizer=False), [5], SamplingParams(bad_words=["dog"]))
+    with pytest.raises(ValueError, match="bad_words holds '  ', which has no tokens"):
+        generate(llm, "x", SamplingParams(bad_words=["  "]))
+
+
+def test_every_completion_gets_a_grammar_of_its_own(make_llm):
+    pytest.importorskip("llguidance")
+    llm = make_llm()
+    structure = StructuredOutputsParams(choice=["dog", "world"])
+    params = SamplingParams(n=2, max_tokens=3, structured_outputs=structure)
+    generate(llm, ["Hello", "x"], [params, SamplingParams()])
+    first, second, plain = llm.engine.added
+    assert None not in (first.grammar, second.grammar)
+    assert first.grammar is not second.grammar
+    assert plain.grammar is None
+
+
+def test_structure_that_cannot_be_followed_is_refused_before_anything_is_queued(make_llm):
+    pytest.importorskip("llguidance")
+    llm = make_llm()
+    wrong = SamplingParams(structured_outputs=StructuredOutputsParams(regex="["))
+    with pytest.raises(ValueError, match="cannot follow this regex"):
+        generate(llm, ["Hello", "x"], [SamplingParams(), wrong])
+    assert llm.engine.added == []
+
+
+def test_allowed_token_outside_the_vocabulary_is_refused(make_llm):
+    with pytest.raises(ValueError, match="allowed_token_ids of prompt 0 holds token id 99999"):
+        generate(make_llm(), "x", SamplingParams(allowed_token_ids=[99999]))
+
+
 # Chat ---------------------------------------------------------------------------------------------
 
 
@@ -312,6 +429,23 @@ def test_chat_takes_one_conversation_or_several(make_llm):
         "user: Hello\n",
         "user: Hello\nassistant: dog\n",
     ]
+
+
+def test_options_of_chat_reach_the_template(make_llm):
+    llm = make_llm()
+    template = "{{ mood }} {{ tools | length }}{{ messages[0].content }};"
+    (output,) = llm.chat(
+        [{"role": "user", "content": [{"type": "text", "text": "dog"}]}],
+        FULL,
+        use_tqdm=False,
+        chat_template=template,
+        chat_template_content_format="string",
+        add_generation_prompt=False,
+        continue_final_message=True,
+        tools=[{"type": "function"}],
+        chat_template_kwargs={"mood": "lazy"},
+    )
+    assert output.prompt == "lazy 1dog"
 
 
 def test_chat_refuses_what_is_no_conversation(make_llm):

@@ -56,8 +56,10 @@ def test_largest_sampling_runs_the_rules_that_take_memory() -> None:
             seen["shape"], seen["rules"] = tuple(logits.shape), tensors
             return super().sample(logits, tensors)
 
-    run_largest_sampling(Spy(31, torch.device("cpu")), 3, torch.bfloat16)
-    assert seen["shape"] == (3, 31)
+    run_largest_sampling(Spy(31, torch.device("cpu")), 40, torch.bfloat16)
+    assert seen["shape"] == (40, 31)
+    run_largest_sampling(Spy(31, torch.device("cpu")), 3, torch.bfloat16)  # as for a prompt's rows
+    assert seen["shape"] == (32, 31)
     assert seen["rules"].all_candidates is not None
     assert seen["rules"].repetition is not None
     assert seen["rules"].logprobs is not None

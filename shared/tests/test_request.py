@@ -5,7 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from folovllm.request import FinishReason, Request, RequestStatus, SamplingParams
+from folovllm.request import (
+    FinishReason,
+    Request,
+    RequestStatus,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +36,30 @@ from folovllm.request import FinishReason, Request, RequestStatus, SamplingParam
         ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
         ({"seed": -1}, "seed must be a whole number of at least 0"),
         ({"logprobs": -1}, "logprobs must be a whole number of at least 0"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs must be a whole number of at least 0"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
+        ({"allowed_token_ids": "abc"}, "allowed_token_ids must be a list of token ids"),
+        ({"bad_words": ["a", ""]}, "bad_words must be a string or a list, none of them empty"),
+        ({"detokenize": None}, "detokenize must be True or False"),
+        ({"detokenize": False, "stop": "a"}, "stop strings .* detokenize=False"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be .* or -1"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens must be"),
+        ({"truncate_prompt_tokens": 2.5}, "truncate_prompt_tokens must be"),
+        ({"structured_outputs": {"regex": "a"}}, "must be StructuredOutputsParams"),
+        *(
+            ({name: value, "structured_outputs": StructuredOutputsParams(regex="a")}, match)
+            for name, value, match in (
+                (
+                    "allowed_token_ids",
+                    [1],
+                    r"allowed_token_ids=\(1,\) is against structured_outputs",
+                ),
+                ("bad_words", "a", "bad_words=.* is against"),
+                ("stop", "a", "stop=.* is against"),
+                ("min_tokens", 2, "min_tokens=2 is against"),
+                ("ignore_eos", True, "ignore_eos=True is against"),
+            )
+        ),
         ({"stop": ""}, "stop must be a string or a list, none of them empty"),
         ({"stop": ["a", ""]}, "stop must be a string"),
         ({"stop": ["a", 5]}, "stop must be a string"),
@@ -76,9 +106,20 @@ def test_request_needs_a_prompt_and_a_limit() -> None:
         Request(request_id="a", prompt_token_ids=[1], sampling_params=params)
 
 
+def test_request_that_could_not_keep_its_settings_is_refused() -> None:
+    with pytest.raises(ValueError, match="bad_words, which are text"):
+        make_request(sampling_params=SamplingParams(bad_words=["dog"]))
+    with pytest.raises(ValueError, match="structured_outputs; an engine needs them compiled"):
+        structure = StructuredOutputsParams(regex="a")
+        make_request(sampling_params=SamplingParams(structured_outputs=structure))
+    params = SamplingParams(prompt_logprobs=0)
+    with pytest.raises(ValueError, match="shares the prompt of a"):
+        make_request(sampling_params=params, fork_of=make_request(sampling_params=params))
+
+
 def make_request(**fields: Any) -> Request:
-    params = SamplingParams(max_tokens=3)
-    return Request(request_id="a", prompt_token_ids=[1, 2], sampling_params=params, **fields)
+    fields = {"sampling_params": SamplingParams(max_tokens=3), **fields}
+    return Request(request_id="a", prompt_token_ids=[1, 2], **fields)
 
 
 def test_every_end_of_sequence_id_ends_a_request() -> None:

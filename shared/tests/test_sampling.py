@@ -13,11 +13,20 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from folovllm.request import FinishReason, Request, SamplingParams
+from folovllm.request import FinishReason, Request, SamplingParams, StructuredOutputsParams
 from folovllm.sampling.sampler import SampledTokens, Sampler, SamplerOutput
+from folovllm.sampling.token_masks import mask_of
 
 CPU = torch.device("cpu")
+BAD_WORDS = ((5,), (6, 7), (7, 7, 8))
 VOCAB = 103  # not a multiple of 4: four tokens share one random counter
+
+
+class OddTokens:
+    """A grammar of tokens with odd ids."""
+
+    def fill_mask(self, request, mask):
+        mask[:] = mask_of(range(1, VOCAB, 2), VOCAB)
 
 
 def make_request(seed=0, prompt=(1, 2, 3), output=(), eos=(), request_id="r", **params):
@@ -26,6 +35,8 @@ def make_request(seed=0, prompt=(1, 2, 3), output=(), eos=(), request_id="r", **
         prompt_token_ids=list(prompt),
         sampling_params=SamplingParams(**{"max_tokens": 10_000, **params}),
         eos_token_ids=frozenset(eos),
+        bad_words_token_ids=BAD_WORDS if "bad_words" in params else (),
+        grammar=OddTokens() if "structured_outputs" in params else None,
         seed=seed,
     )
     request.token_ids += output
@@ -569,10 +580,63 @@ def test_row_without_a_possible_token_is_an_error(value, params):
 
 def test_forbidding_every_token_is_refused_and_noticed():
     request = make_request(prompt=[1], stop_token_ids=list(range(8)), min_tokens=1)
-    with pytest.raises(ValueError, match="min_tokens=1 forbids every token"):
+    with pytest.raises(ValueError, match="min_tokens=1 .* forbid every token"):
         Sampler(8, CPU).validate(request)
     with pytest.raises(RuntimeError, match="no token can be chosen"):
         run(torch.zeros(1, 8), [request])
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, VOCAB])
+def test_only_allowed_tokens_are_left(vocab):
+    ids = [i for i in (0, 5, 31, 32, 63, vocab - 1) if i < vocab]
+    logits = make_logits(3, vocab)
+    mates = [make_request(), make_request(allowed_token_ids=ids), make_request()]
+    assert np.flatnonzero(kept(logits, mates)[1]).tolist() == sorted(set(ids))
+    assert torch.equal(edit(logits, mates)[1][ids], logits[1][ids])
+    assert kept(logits, mates)[[0, 2]].all()
+
+
+def test_mask_of_a_grammar_is_applied_beside_one_of_allowed_tokens():
+    structured = make_request(structured_outputs=StructuredOutputsParams(regex="a"))
+    mates = [make_request(allowed_token_ids=[4]), make_request(), structured]
+    left = kept(make_logits(3), mates)
+    assert np.flatnonzero(left[0]).tolist() == [4]
+    assert left[1].all()
+    assert np.flatnonzero(left[2]).tolist() == list(range(1, VOCAB, 2))
+
+
+def test_bad_word_is_forbidden_where_it_would_be_complete():
+    logits = make_logits(1)
+    for output, forbidden in (
+        ([], {5}),
+        ([6], {5, 7}),
+        ([6, 6], {5, 7}),
+        ([7], {5}),
+        ([7, 7], {5, 8}),
+        ([6, 7], {5}),
+    ):
+        request = make_request(prompt=[1, 7], output=output, bad_words=["x"])
+        assert set(np.flatnonzero(~kept(logits, [request])[0])) == forbidden
+
+
+def test_settings_that_together_forbid_every_token_are_refused():
+    for options in (
+        {"allowed_token_ids": [5], "bad_words": ["x"]},
+        {"allowed_token_ids": [2], "min_tokens": 1, "eos": [2]},
+        {"allowed_token_ids": [2, 7], "min_tokens": 1, "eos": [2], "bad_words": ["x"]},
+    ):
+        with pytest.raises(ValueError, match="forbid every token"):
+            Sampler(VOCAB, CPU).validate(make_request(**options))
+    Sampler(VOCAB, CPU).validate(make_request(allowed_token_ids=[5, 6], bad_words=["x"]))
+
+
+@pytest.mark.parametrize("token_id", [-1, VOCAB])
+def test_allowed_token_out_of_range_is_refused(token_id):
+    request = make_request(allowed_token_ids=[3, token_id])
+    with pytest.raises(ValueError, match=f"allowed_token_ids names token {token_id}"):
+        Sampler(VOCAB, CPU).validate(request)
+    with pytest.raises(ValueError, match=f"allowed_token_ids names token {token_id}"):
+        Sampler(VOCAB, CPU).prepare([request])
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
@@ -603,8 +667,10 @@ def test_bias_beyond_float32_is_refused():
 
 
 def test_more_logprobs_than_tokens_are_refused():
-    with pytest.raises(ValueError, match=f"logprobs={VOCAB + 1} is more than the vocabulary"):
-        Sampler(VOCAB, CPU).validate(make_request(logprobs=VOCAB + 1))
+    for name in ("logprobs", "prompt_logprobs"):
+        match = f": {name}={VOCAB + 1} is more than the vocabulary"
+        with pytest.raises(ValueError, match=match):
+            Sampler(VOCAB, CPU).validate(make_request(**{name: VOCAB + 1}))
 
 
 def test_valid_requests_pass_validation():
@@ -639,6 +705,12 @@ IS_RULE = {
     "include_stop_str_in_output": (True, False),
     "ignore_eos": (True, False),
     "skip_special_tokens": (False, False),
+    "prompt_logprobs": (1, False),
+    "allowed_token_ids": ([3, 4], True),
+    "bad_words": ("x", True),
+    "structured_outputs": (StructuredOutputsParams(regex="a"), True),
+    "detokenize": (False, False),
+    "truncate_prompt_tokens": (2, False),
 }
 """Field of SamplingParams -> a value other than its default, and whether sampling by temperature
 alone, as in a captured graph, would ignore it."""

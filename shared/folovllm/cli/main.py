@@ -1,4 +1,4 @@
-"""The command line of every stage: `python -m m2_batching generate | chat | bench | profile`."""
+"""The command line of every stage: `python -m STAGE generate | chat | bench | serve | profile`."""
 
 import argparse
 import os
@@ -13,6 +13,7 @@ from .bench import add_bench_flags, run_bench
 from .chat import ChatSession
 from .options import FlagArguments, add_field_flags, given_fields, optional
 from .profile import add_profile_flags, run_profile
+from .serve import add_serve_flags, run_serve
 from .text import print_logprobs, print_outputs, print_stream, statistics_line
 
 EXIT_USAGE = 2
@@ -35,8 +36,12 @@ _SAMPLING_FLAGS: dict[str, FlagArguments] = {
     "seed": {"flag": "--sampling-seed", "type": int, "metavar": "INT"},
     "stop": {"action": "append", "metavar": "TEXT"},
     "stop_token_ids": {"action": "append", "type": int, "metavar": "ID"},
+    "allowed_token_ids": {"action": "append", "type": int, "metavar": "ID"},
+    "bad_words": {"action": "append", "metavar": "TEXT"},
     "logit_bias": {"action": "append", "type": _token_bias, "metavar": "ID=BIAS"},
 }
+_PYTHON_ONLY = ("prompt_logprobs", "structured_outputs", "detokenize")
+"""Settings whose values or results these commands have no form for."""
 
 
 def main(llm_class: type[LLM], argv: Sequence[str] | None = None) -> int:
@@ -87,6 +92,10 @@ def build_parser(llm_class: type[LLM]) -> argparse.ArgumentParser:
     bench.set_defaults(command=_bench)
     add_bench_flags(bench)
 
+    serve = _add_command(commands, llm_class, "serve", "answer OpenAI's API over HTTP")
+    serve.set_defaults(command=_serve)
+    add_serve_flags(serve)
+
     step_profile = _add_command(
         commands, llm_class, "profile", "list the kernels of a prompt step and a decode step"
     )
@@ -136,20 +145,23 @@ def _add_sampling_flags(
         SamplingParams,
         special=_SAMPLING_FLAGS,
         defaults=defaults,
-        skipped=skipped,
+        skipped=(*skipped, *_PYTHON_ONLY),
     )
 
 
 def make_llm(llm_class: type[LLM], arguments: argparse.Namespace) -> LLM:
-    return llm_class(
-        arguments.model,
-        load_format=arguments.load_format,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        seed=arguments.llm_seed,
-        tokenizer=arguments.tokenizer,
+    return llm_class(arguments.model, **_llm_options(llm_class, arguments))
+
+
+def _llm_options(llm_class: type[LLM], arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "load_format": arguments.load_format,
+        "dtype": arguments.dtype,
+        "device": arguments.device,
+        "seed": arguments.llm_seed,
+        "tokenizer": arguments.tokenizer,
         **given_fields(arguments, llm_class.config_class),
-    )
+    }
 
 
 def _make_sampling_params(
@@ -195,6 +207,10 @@ def _chat(llm_class: type[LLM], arguments: argparse.Namespace) -> int:
 def _bench(llm_class: type[LLM], arguments: argparse.Namespace) -> int:
     run_bench(make_llm(llm_class, arguments), stage_name(llm_class), arguments)
     return 0
+
+
+def _serve(llm_class: type[LLM], arguments: argparse.Namespace) -> int:
+    return run_serve(llm_class, arguments, _llm_options(llm_class, arguments))
 
 
 def _profile(llm_class: type[LLM], arguments: argparse.Namespace) -> int:

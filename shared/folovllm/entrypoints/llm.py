@@ -1,6 +1,6 @@
 """The offline interface over any stage's engine: `generate`, `chat`, `stream`, `beam_search`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -14,7 +14,8 @@ from ..model.config import ModelConfig
 from ..model.linear import LinearsOf, plain_linears
 from ..model.loader import load_model, resolve_model_directory
 from ..request import SamplingParams
-from ..text.tokenizer import Message, Tokenizer
+from ..text.chat import DEFAULT_OPTIONS, ChatOptions, Message
+from ..text.tokenizer import Tokenizer
 from .beam_search import (
     BeamSearchOutput,
     BeamSearchParams,
@@ -99,8 +100,10 @@ class LLM:
         config = self._limit_model_len(config, was_given="max_model_len" in engine_options)
         with kv_cache_allocation():
             self.engine = self.engine_class(config, self.model)
-        self._requests = self._make_request_builder(config, seed)
-        self._shared = SharedEngine(self.engine, self._use_device)
+        self.request_settings = self._make_request_settings(config, seed)
+        """What a RequestBuilder for this engine needs, but for the tokenizer, by name."""
+        self._requests = RequestBuilder(tokenizer=self.tokenizer, **self.request_settings)
+        self._shared = SharedEngine(self.engine, self.use_device)
 
     def generate(
         self,
@@ -135,14 +138,31 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or a list of conversations."""
+        """Answer one conversation (a list of messages) or a list of conversations.
+
+        The arguments behind `use_tqdm` are those of `ChatOptions`, where they are described. What
+        a model says about tools is text: nothing here takes its calls apart.
+        """
+        options = ChatOptions(
+            chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         is_several = isinstance(messages, Sequence) and isinstance(
             next(iter(messages), None), list | tuple
         )
         conversations: Any = messages if is_several else [messages]
-        prompts = [self.render_chat(messages, add_generation_prompt) for messages in conversations]
+        prompts = [self.render_chat(messages, options) for messages in conversations]
         states = self._requests.build(prompts, self._params_or_default(sampling_params), None)
         return self._run(states, use_tqdm)
 
@@ -220,14 +240,14 @@ class LLM:
         return self.get_default_sampling_params() if sampling_params is None else sampling_params
 
     def render_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True
+        self, messages: Sequence[Message], options: ChatOptions = DEFAULT_OPTIONS
     ) -> Prompt:
         """The prompt that the chat template makes of a conversation; `stream` takes it."""
         if self.tokenizer is None:
             raise ValueError(
                 "this model has no tokenizer and so no chat template; name one with tokenizer=…"
             )
-        token_ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt)
+        token_ids = self.tokenizer.apply_chat_template(messages, options)
         check_token_ids("the conversation", token_ids, self.model.config.vocab_size)
         return Prompt(self.tokenizer.decode(token_ids, skip_special_tokens=False), token_ids)
 
@@ -236,18 +256,17 @@ class LLM:
             self._shared.run(states, progress.update)
         return [state.output() for state in states]
 
-    def _make_request_builder(self, config: Any, seed: int) -> RequestBuilder:
+    def _make_request_settings(self, config: Any, seed: int) -> dict[str, Any]:
         policy = getattr(config, "scheduling_policy", "fcfs")
-        return RequestBuilder(
-            tokenizer=self.tokenizer,
-            vocab_size=self.model.config.vocab_size,
-            max_model_len=config.max_model_len,
-            eos_token_ids=self._eos_token_ids(),
-            seed=seed,
-            scheduling_policy=policy.value if isinstance(policy, Enum) else policy,
-        )
+        return {
+            "vocab_size": self.model.config.vocab_size,
+            "max_model_len": config.max_model_len,
+            "eos_token_ids": self._eos_token_ids(),
+            "seed": seed,
+            "scheduling_policy": policy.value if isinstance(policy, Enum) else policy,
+        }
 
-    def _use_device(self) -> None:
+    def use_device(self) -> None:
         """Make the model's device the current one of this thread, where Triton launches."""
         device = getattr(self.model, "device", None)
         if device is not None and device.index is not None:

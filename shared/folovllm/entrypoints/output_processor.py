@@ -23,6 +23,7 @@ class CompletionState:
         self.request = request
         self.finish_reason: FinishReason | None = None
         self._index = index
+        tokenizer = tokenizer if params.detokenize else None
         self._tokenizer = tokenizer
         self._detokenizer = (
             None
@@ -39,6 +40,8 @@ class CompletionState:
         self._raw_logprobs: list[TokenLogprobs] = []
         self._logprobs: list[dict[int, Logprob]] = []
         self._cumulative_logprob = 0.0
+        self._num_taken_tokens = 0
+        """Those that `take_delta` has handed out."""
         self._stop_reason: int | str | None = None
 
     @property
@@ -56,20 +59,48 @@ class CompletionState:
         if self._is_searched:
             self._search(token.token_id)
 
+    def describe_prompt(self) -> list[dict[int, Logprob] | None] | None:
+        """Log-probabilities of the prompt in the form that callers get; None if there are none."""
+        if not self._token_ids or self.request.sampling_params.prompt_logprobs is None:
+            return None
+        token_ids = self.request.prompt_token_ids[1:]
+        positions = zip(self.request.prompt_logprobs, token_ids, strict=True)
+        return [None, *(make_logprobs(*position, self._tokenizer) for position in positions)]
+
     def output(self) -> CompletionOutput:
         """A copy of the present state."""
-        with_logprobs = self.request.sampling_params.logprobs is not None
+        text = self._text()
+        self._text_parts = [text]
+        return self._output(text, first=0)
+
+    def take_delta(self) -> CompletionOutput | None:
+        """What is new since the last call, None if nothing is; at the cost of that alone.
+
+        A completion is read by this or by `output`, not by both.
+        """
+        first = self._num_taken_tokens
+        if first == len(self._token_ids):
+            return None
+        text = self._text()
+        self._text_parts = []
+        self._num_taken_tokens = len(self._token_ids)
+        return self._output(text, first)
+
+    def _text(self) -> str:
         if not self._is_text_complete:
             self._decode()
+        return "".join(self._text_parts)
+
+    def _output(self, text: str, first: int) -> CompletionOutput:
+        """With the tokens from `first` on."""
+        with_logprobs = self.request.sampling_params.logprobs is not None
         self._describe_logprobs()
-        text = "".join(self._text_parts)
-        self._text_parts = [text]
         return CompletionOutput(
             index=self._index,
             text=text,
-            token_ids=list(self._token_ids),
+            token_ids=self._token_ids[first:],
             cumulative_logprob=self._cumulative_logprob if with_logprobs else None,
-            logprobs=list(self._logprobs) if with_logprobs else None,
+            logprobs=self._logprobs[first:] if with_logprobs else None,
             finish_reason=None if self.finish_reason is None else self.finish_reason.value,
             stop_reason=self._stop_reason,
         )
@@ -124,11 +155,12 @@ class PromptState:
         self.num_output_tokens = 0
         """Of all completions together; it grows whenever there is something new to see."""
         self.num_prompt_tokens = len(prompt.token_ids)
-        self._request_id = request_id
+        self.request_id = request_id
         self._prompt = prompt
         self._arrival_time = arrival
         self._first_token_time: float | None = None
         self._last_token_time: float | None = None
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def finished(self) -> bool:
@@ -141,18 +173,48 @@ class PromptState:
         if self._first_token_time is None:
             self._first_token_time = now
 
+    def request_of(self, request_id: str) -> Request:
+        """One of this prompt's requests; StopIteration if it is none."""
+        requests = (completion.request for completion in self.completions)
+        return next(request for request in requests if request.request_id == request_id)
+
     def output(self) -> RequestOutput:
         """A copy of the present state."""
+        outputs = [completion.output() for completion in self.completions]
+        if self._prompt_logprobs is None:
+            self._prompt_logprobs = self.completions[0].describe_prompt()
+        known = self._prompt_logprobs
+        copy = None if known is None else list(known)
+        return self._output(outputs, list(self._prompt.token_ids), copy)
+
+    def take_delta(self) -> RequestOutput:
+        """The completions of which something is new, and of these that.
+
+        The list of the prompt's tokens is no copy; its log-probabilities come once.
+        """
+        deltas = [completion.take_delta() for completion in self.completions]
+        outputs = [delta for delta in deltas if delta is not None]
+        new = self.completions[0].describe_prompt() if self._prompt_logprobs is None else None
+        self._prompt_logprobs = self._prompt_logprobs or new
+        return self._output(outputs, self._prompt.token_ids, new)
+
+    def _output(
+        self,
+        outputs: list[CompletionOutput],
+        prompt_token_ids: list[int],
+        prompt_logprobs: list[dict[int, Logprob] | None] | None,
+    ) -> RequestOutput:
         return RequestOutput(
-            request_id=self._request_id,
+            request_id=self.request_id,
             prompt=self._prompt.text,
-            prompt_token_ids=list(self._prompt.token_ids),
-            outputs=[completion.output() for completion in self.completions],
+            prompt_token_ids=prompt_token_ids,
+            outputs=outputs,
             finished=self.finished,
             metrics=RequestMetrics(
                 self._arrival_time, self._first_token_time, self._last_token_time
             ),
             num_cached_tokens=self.completions[0].request.num_cached_tokens or 0,
+            prompt_logprobs=prompt_logprobs,
         )
 
 

@@ -1,6 +1,7 @@
 """What a caller gets back: the completions of one prompt, with vLLM's field names."""
 
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # interfaces imports torch; importing results must stay cheap
@@ -18,9 +19,20 @@ class Logprob(NamedTuple):
     """None without a tokenizer."""
 
 
+class RequestOutputKind(Enum):
+    """What one after another of a request's outputs holds; names are vLLM's."""
+
+    CUMULATIVE = auto()
+    """All so far, every time."""
+    DELTA = auto()
+    """What is new since the output before: text, token ids, log-probabilities."""
+    FINAL_ONLY = auto()
+    """One output, when the request is finished."""
+
+
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One completion of a prompt, finished or as far as it has come."""
+    """One completion of a prompt, finished or as far as it has come; or, as a delta, a part."""
 
     index: int
     """Which of the prompt's `n` completions this is."""
@@ -71,6 +83,9 @@ class RequestOutput:
     metrics: RequestMetrics
     num_cached_tokens: int = 0
     """Of the prompt: those that were found in a prefix cache and not computed."""
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """Per prompt token: itself first, then the likeliest ones in its place; None for the first
+    token, before which there is nothing. None unless asked for, and before there is an output."""
 
 
 def make_logprobs(

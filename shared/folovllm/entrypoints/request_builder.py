@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from ..request import Request, SamplingParams
 from ..setting_checks import is_int
+from ..text.bad_words import encode_bad_words
+from ..text.grammars import Grammar, GrammarCompiler
 from ..text.tokenizer import Tokenizer
 from .output_processor import CompletionState, PromptState
 from .prompts import Prompt, check_token_ids
@@ -37,6 +39,7 @@ class RequestBuilder:
         self.eos_token_ids = eos_token_ids
         self._seed = seed
         self._scheduling_policy = scheduling_policy
+        self._grammars = GrammarCompiler(tokenizer, vocab_size, eos_token_ids)
         self._num_prompts = 0
         self._numbering = threading.Lock()
         """Calls in several threads get numbers, and so request ids and seeds, of their own."""
@@ -50,29 +53,41 @@ class RequestBuilder:
         """The requests of one call, one state per prompt in order; ValueError builds none."""
         all_params = self._one_per_prompt(sampling_params, len(prompts))
         priorities = self._check_priority(priority, len(prompts))
+        prompts = [
+            self._truncate(prompt, params, index)
+            for index, (params, prompt) in enumerate(zip(all_params, prompts, strict=True))
+        ]
         resolved = [
             self._resolve(params, prompt, index)
             for index, (params, prompt) in enumerate(zip(all_params, prompts, strict=True))
         ]
+        structures = (params.structured_outputs for params in resolved)
+        grammars = [None if s is None else self._grammars.compile(s) for s in structures]
         arrival_time = time.perf_counter()
         with self._numbering:
             return [
-                self._build_one(prompt, params, prompt_priority, arrival_time)
-                for prompt, params, prompt_priority in zip(
-                    prompts, resolved, priorities, strict=True
-                )
+                self._build_one(*of_prompt, arrival_time)
+                for of_prompt in zip(prompts, resolved, grammars, priorities, strict=True)
             ]
 
     def _build_one(
-        self, prompt: Prompt, params: SamplingParams, priority: int, arrival_time: float
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        grammar: Grammar | None,
+        priority: int,
+        arrival_time: float,
     ) -> PromptState:
         prompt_id = str(self._num_prompts)
+        bad_words = self._encode_bad_words(params)
         completions: list[CompletionState] = []
         for child in range(params.n):
             request = Request(
                 request_id=prompt_id if params.n == 1 else f"{prompt_id}-{child}",
                 prompt_token_ids=prompt.token_ids,
-                sampling_params=params if params.n == 1 else replace(params, n=1),
+                sampling_params=_params_of_child(params, child),
+                bad_words_token_ids=bad_words,
+                grammar=grammar if grammar is None else grammar.fork(),
                 eos_token_ids=self.eos_token_ids,
                 seed=self._seed_of(params, child),
                 priority=priority,
@@ -96,6 +111,7 @@ class RequestBuilder:
         for name, token_ids in (
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", list(params.logit_bias or ())),
+            ("allowed_token_ids", params.allowed_token_ids),
         ):
             if token_ids:
                 check_token_ids(f"{name} of prompt {index}", token_ids, self._vocab_size)
@@ -103,6 +119,11 @@ class RequestBuilder:
             raise ValueError(
                 f"stop strings {params.stop_strings} need text, but this model has no tokenizer; "
                 f"use stop_token_ids, or name a tokenizer with tokenizer=…"
+            )
+        if params.bad_words and self._tokenizer is None:
+            raise ValueError(
+                f"bad_words {params.bad_words} are text, but this model has no tokenizer; name "
+                f"one with tokenizer=…"
             )
         if params.max_tokens is not None:
             return params
@@ -114,6 +135,25 @@ class RequestBuilder:
                 f"max_model_len"
             )
         return replace(params, max_tokens=room)
+
+    def _truncate(self, prompt: Prompt, params: SamplingParams, index: int) -> Prompt:
+        """The prompt as `truncate_prompt_tokens` cuts it; its text stays as it was given."""
+        num_kept = params.truncate_prompt_tokens
+        if num_kept is None:
+            return prompt
+        if num_kept > self.max_model_len:
+            raise ValueError(
+                f"truncate_prompt_tokens={num_kept} of prompt {index} is above "
+                f"max_model_len={self.max_model_len}; lower it, or raise max_model_len"
+            )
+        if num_kept == -1:
+            num_kept = max(self.max_model_len - (params.max_tokens or 1), 1)
+        return replace(prompt, token_ids=prompt.token_ids[-num_kept:])
+
+    def _encode_bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        if not params.bad_words or self._tokenizer is None:
+            return ()
+        return encode_bad_words(params.bad_words, self._tokenizer)
 
     @staticmethod
     def _one_per_prompt(
@@ -151,3 +191,10 @@ class RequestBuilder:
                 f"got {len(priority)} priorities for {num_prompts} prompts; give one per prompt"
             )
         return priority
+
+
+def _params_of_child(params: SamplingParams, child: int) -> SamplingParams:
+    """Those of one completion; what is said about the prompt, the first one's request says."""
+    if params.n == 1:
+        return params
+    return replace(params, n=1, prompt_logprobs=params.prompt_logprobs if child == 0 else None)

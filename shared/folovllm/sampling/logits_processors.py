@@ -7,7 +7,7 @@ the requests ask for, never from values on the device, so nothing here waits for
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ _MAX_TOP_K_CANDIDATES = 1024
 
 @dataclass(frozen=True)
 class LogitBias:
-    """Biases added to single logits; -inf forbids a token (`min_tokens`)."""
+    """Biases added to single logits; -inf forbids a token (`min_tokens`, `bad_words`)."""
 
     rows: torch.Tensor
     """[num_biases] int64, row of the logits."""
@@ -32,7 +32,8 @@ class LogitBias:
 
     @staticmethod
     def collect(requests: Sequence[Request], vocab_size: int) -> list[np.ndarray]:
-        """Merge `logit_bias` and the stop tokens that `min_tokens` still forbids.
+        """Merge `logit_bias`, the ends of bad words that are almost there, and the stop tokens
+        that `min_tokens` still forbids.
 
         Stop ids beyond the vocabulary cannot be sampled anyway and need no bias. IndexError if a
         biased id is not in [0, vocab_size): on a GPU it would take the whole process down.
@@ -46,6 +47,8 @@ class LogitBias:
             if request.num_output_tokens < params.min_tokens:
                 stop_token_ids = (i for i in request.stop_token_ids if 0 <= i < vocab_size)
                 biases.update(dict.fromkeys(stop_token_ids, -math.inf))
+            if request.bad_words_token_ids:
+                biases.update(dict.fromkeys(_ends_of_bad_words(request), -math.inf))
             rows += [row] * len(biases)
             token_ids += biases.keys()
             values += biases.values()
@@ -58,6 +61,17 @@ class LogitBias:
     def apply_(self, logits: torch.Tensor) -> None:
         biased = logits[self.rows, self.token_ids] + self.values
         logits.index_put_((self.rows, self.token_ids), biased)
+
+
+def _ends_of_bad_words(request: Request) -> Iterator[int]:
+    """The tokens that would complete a word whose other tokens are the last of the output."""
+    num_output_tokens = len(request.token_ids) - request.num_prompt_tokens
+    for *beginning, end in request.bad_words_token_ids:
+        num_before = len(beginning)
+        if num_before <= num_output_tokens:
+            first = len(request.token_ids) - num_before
+            if request.token_ids[first:] == beginning:
+                yield end
 
 
 @dataclass(frozen=True)

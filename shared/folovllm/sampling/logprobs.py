@@ -21,18 +21,11 @@ class Logprobs:
 
     def unpack(self, fetched: np.ndarray) -> list[TokenLogprobs | None]:
         """fetched: `values` on the host, flat. Returns one entry per row of the batch."""
-        max_top = (self.values.shape[1] - 2) // 2
         records = iter(fetched.reshape(self.values.shape).tolist())
-        result: list[TokenLogprobs | None] = []
-        for num_top in self.num_top:
-            if num_top is None:
-                result.append(None)
-                continue
-            logprob, rank, *rest = next(records)
-            token_ids, logprobs = map(int, rest[:num_top]), rest[max_top : max_top + num_top]
-            top = tuple(zip(token_ids, logprobs, strict=True))
-            result.append(TokenLogprobs(logprob, int(rank), top))
-        return result
+        return [
+            None if num_top is None else read_description(next(records), num_top)
+            for num_top in self.num_top
+        ]
 
 
 @dataclass(frozen=True)
@@ -53,13 +46,31 @@ class LogprobsQuery:
 
         A token's rank is one more than the number of strictly likelier tokens.
         """
-        raw = logits.index_select(0, self.rows).to(torch.float32)
-        chosen = token_ids.index_select(0, self.rows)[:, None]
-        logprobs = torch.log_softmax(raw, dim=-1)
-        rank = (raw > raw.gather(1, chosen)).sum(dim=-1, keepdim=True) + 1
-        top_ids = _top_token_ids(raw, max(num for num in self.num_top if num is not None))
-        parts = (logprobs.gather(1, chosen), rank, top_ids, logprobs.gather(1, top_ids))
-        return Logprobs(torch.cat([part.to(torch.float64) for part in parts], 1), self.num_top)
+        raw = logits.index_select(0, self.rows)
+        chosen = token_ids.index_select(0, self.rows)
+        max_top = max(num for num in self.num_top if num is not None)
+        return Logprobs(describe_tokens(raw, chosen, max_top), self.num_top)
+
+
+def describe_tokens(logits: torch.Tensor, token_ids: torch.Tensor, max_top: int) -> torch.Tensor:
+    """Rows as in `Logprobs.values`, of these tokens [num_rows] int64 and the likeliest ones.
+
+    logits: [num_rows, vocab_size], raw.
+    """
+    raw, chosen = logits.to(torch.float32), token_ids[:, None]
+    logprobs = torch.log_softmax(raw, dim=-1)
+    rank = (raw > raw.gather(1, chosen)).sum(dim=-1, keepdim=True) + 1
+    top_ids = _top_token_ids(raw, max_top)
+    parts = (logprobs.gather(1, chosen), rank, top_ids, logprobs.gather(1, top_ids))
+    return torch.cat([part.to(torch.float64) for part in parts], 1)
+
+
+def read_description(values: Sequence[float], num_top: int) -> TokenLogprobs:
+    """One row of `Logprobs.values`, on the host, for a request that wants `num_top` tokens."""
+    max_top = (len(values) - 2) // 2
+    logprob, rank, *rest = values
+    token_ids, logprobs = map(int, rest[:num_top]), rest[max_top : max_top + num_top]
+    return TokenLogprobs(logprob, int(rank), tuple(zip(token_ids, logprobs, strict=True)))
 
 
 def _top_token_ids(logits: torch.Tensor, num_top: int) -> torch.Tensor:

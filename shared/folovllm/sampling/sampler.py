@@ -3,7 +3,8 @@
 Order of operations for a row, as in vLLM v1:
 
 1. log-probabilities to report are of the raw logits, whatever the steps below do;
-2. float32; `logit_bias`; stop tokens forbidden while fewer than `min_tokens` are out;
+2. float32; nothing but `allowed_token_ids`, or what `structured_outputs` can go on with;
+   `logit_bias`; no end of a bad word; no stop token while fewer than `min_tokens` are out;
 3. repetition penalty (prompt and output), then frequency and presence penalties (output);
 4. temperature 0: argmax, the lowest id among equals; the rest concerns the other rows;
 5. temperature, `min_p`, `top_k`, `top_p`;
@@ -22,8 +23,10 @@ from ..interfaces import SamplerOutput, TokenLogprobs
 from ..kernels.random import select_choose_tokens
 from ..request import Request
 from .logprobs import Logprobs
+from .prompt_logprobs import PromptLogprobs
 from .tensors import SamplingTensors
 from .token_history import TokenHistory
+from .token_masks import TokenMasks
 
 _SEED_LIMIT = 1 << 64
 
@@ -41,14 +44,17 @@ class SampledTokens:
         """[num_rows] int64."""
         return self.choices[0]
 
-    def to_host(self) -> SamplerOutput:
-        """Wait for the device and fetch everything in one transfer; see `TokensOnTheWay.wait`."""
-        return self.send_to_host().wait()
+    def to_host(self, prompt_logprobs: PromptLogprobs | None = None) -> SamplerOutput:
+        """Wait for the device and fetch everything; see `TokensOnTheWay.wait`."""
+        return self.send_to_host(prompt_logprobs=prompt_logprobs).wait()
 
-    def send_to_host(self, num_rows: int | None = None) -> "TokensOnTheWay":
+    def send_to_host(
+        self, num_rows: int | None = None, prompt_logprobs: PromptLogprobs | None = None
+    ) -> "TokensOnTheWay":
         """Queue the transfer behind what the device has to do, and return at once.
 
         num_rows: how many rows count, where those behind them are padding.
+        prompt_logprobs: of the same step, queued already.
         """
         if self.logprobs is None:
             # A copy also where the device is the host: a replayed graph writes its own anew.
@@ -67,7 +73,7 @@ class SampledTokens:
             copied = torch.cuda.Event()
             copied.record()
         num_rows = self.choices.shape[1] if num_rows is None else num_rows
-        return TokensOnTheWay(on_host, num_rows, self.logprobs, copied)
+        return TokensOnTheWay(on_host, num_rows, self.logprobs, copied, prompt_logprobs)
 
 
 @dataclass(frozen=True)
@@ -80,14 +86,17 @@ class TokensOnTheWay:
     logprobs: Logprobs | None
     copied: torch.cuda.Event | None
     """None where there is nothing to wait for."""
+    prompt_logprobs: PromptLogprobs | None = None
 
     def wait(self) -> SamplerOutput:
-        """The tokens, once they are here.
+        """The tokens, once they are here; their requests get `prompt_logprobs` meanwhile.
 
         RuntimeError, naming the rows, if a row had NaN logits or no token above -inf.
         """
         if self.copied is not None:
             self.copied.synchronize()
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs.record()
         num_rows = self.num_rows
         if self.logprobs is None:
             token_ids, is_valid = self.fetched[:, :num_rows].tolist()
@@ -116,6 +125,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = device
         self._history = TokenHistory(device)
+        self._masks = TokenMasks(vocab_size)
 
     def validate(self, request: Request) -> None:
         """Raise ValueError if this vocabulary cannot serve the request; for `add_request`."""
@@ -123,24 +133,44 @@ class Sampler:
         name = f"request {request.request_id}"
         if not 0 <= request.seed < _SEED_LIMIT:
             raise ValueError(f"{name}: seed must be in [0, 2**64), got {request.seed}")
-        if params.logprobs is not None and params.logprobs > self.vocab_size:
-            raise ValueError(
-                f"{name}: logprobs={params.logprobs} is more than the vocabulary of "
-                f"{self.vocab_size} tokens; ask for fewer"
-            )
-        for token_id, bias in (params.logit_bias or {}).items():
-            if not 0 <= token_id < self.vocab_size:
+        for setting in ("logprobs", "prompt_logprobs"):
+            num_asked = getattr(params, setting)
+            if num_asked is not None and num_asked > self.vocab_size:
                 raise ValueError(
-                    f"{name}: logit_bias names token {token_id}, but token ids of this model are "
-                    f"in [0, {self.vocab_size})"
+                    f"{name}: {setting}={num_asked} is more than the vocabulary of "
+                    f"{self.vocab_size} tokens; ask for fewer"
                 )
+        bad_ids = [token_id for word in request.bad_words_token_ids for token_id in word]
+        for setting, token_ids in (
+            ("logit_bias", params.logit_bias or {}),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("bad_words_token_ids", bad_ids),
+        ):
+            for token_id in token_ids:
+                if not 0 <= token_id < self.vocab_size:
+                    raise ValueError(
+                        f"{name}: {setting} names token {token_id}, but token ids of this model "
+                        f"are in [0, {self.vocab_size})"
+                    )
+        for token_id, bias in (params.logit_bias or {}).items():
             if abs(bias) > torch.finfo(torch.float32).max:
                 raise ValueError(f"{name}: logit_bias {bias} of token {token_id} exceeds float32")
-        if params.min_tokens and request.stop_token_ids.issuperset(range(self.vocab_size)):
-            raise ValueError(
-                f"{name}: min_tokens={params.min_tokens} forbids every token of the vocabulary, "
-                f"since all of them are stop tokens; set min_tokens=0 or fewer stop_token_ids"
-            )
+        self._require_a_possible_token(request)
+
+    def _require_a_possible_token(self, request: Request) -> None:
+        """ValueError if the rules that forbid tokens may leave none."""
+        params = request.sampling_params
+        allowed = params.allowed_token_ids
+        forbidden = {word[-1] for word in request.bad_words_token_ids}
+        if params.min_tokens:
+            forbidden |= request.stop_token_ids
+        if not forbidden.issuperset(range(self.vocab_size) if allowed is None else allowed):
+            return
+        raise ValueError(
+            f"request {request.request_id}: together, allowed_token_ids, bad_words and "
+            f"min_tokens={params.min_tokens} (which forbids stop tokens) forbid every token of the "
+            f"vocabulary; allow more tokens, or forbid fewer"
+        )
 
     def prepare(self, requests: Sequence[Request]) -> SamplingTensors:
         """Collect the rules of a step and upload them in one copy; row i is for `requests[i]`.
@@ -150,7 +180,7 @@ class Sampler:
         ValueError as `validate` for a seed or a biased token id that is out of range.
         """
         try:
-            return SamplingTensors.collect(requests, self.vocab_size, self._history)
+            return SamplingTensors.collect(requests, self._masks, self._history)
         except (IndexError, OverflowError):
             for request in requests:
                 self.validate(request)

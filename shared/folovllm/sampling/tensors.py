@@ -14,6 +14,7 @@ from .logits_processors import LogitBias, MinP, TopKTopP
 from .logprobs import LogprobsQuery
 from .penalties import OutputPenalties, RepetitionPenalty, SeenTokens
 from .token_history import HistoryUpdate, TokenHistory
+from .token_masks import TokenMask, TokenMasks
 
 _TEMPERATURE_LIMITS = (1e-30, 1e30)
 """Beyond these float32 noise under- or overflows, and no logits could tell the difference."""
@@ -25,6 +26,9 @@ _get_settings = attrgetter(
     "presence_penalty",
     "frequency_penalty",
     "logprobs",
+    "bad_words",
+    "allowed_token_ids",
+    "structured_outputs",
 )
 
 
@@ -56,6 +60,7 @@ class SamplingTensors:
     num_rows: int
     noise: Noise | None = None
     """None: every row is greedy."""
+    mask: TokenMask | None = None
     bias: LogitBias | None = None
     repetition: RepetitionPenalty | None = None
     output_penalties: OutputPenalties | None = None
@@ -70,7 +75,7 @@ class SamplingTensors:
 
     @staticmethod
     def collect(
-        requests: Sequence[Request], vocab_size: int, history: TokenHistory
+        requests: Sequence[Request], masks: TokenMasks, history: TokenHistory
     ) -> "SamplingTensors":
         """Row i gets the rules of `requests[i]`; nothing is uploaded if all rows are plain greedy.
 
@@ -83,12 +88,17 @@ class SamplingTensors:
         columns = zip(
             *[_get_settings(request.sampling_params) for request in requests], strict=True
         )
-        temperatures, biases, min_tokens, repetition, presence, frequency, num_top = columns
+        temperatures, biases, min_tokens, repetition, presence, frequency, num_top, *rest = columns
+        bad_words, *allowed = rest
         host: dict[str, list[np.ndarray]] = {}
         if any(temperatures):
-            host |= _collect_random(requests, temperatures, vocab_size)
-        if any(biases) or any(min_tokens):
-            host["bias"] = LogitBias.collect(requests, vocab_size)
+            host |= _collect_random(requests, temperatures, masks.vocab_size)
+        if any(biases) or any(min_tokens) or any(bad_words):
+            host["bias"] = LogitBias.collect(requests, masks.vocab_size)
+        rules = enumerate(zip(*allowed, strict=True))
+        masked = [row for row, (token_ids, structure) in rules if token_ids or structure]
+        if masked:
+            host["mask"] = masks.collect(requests, masked)
         if num_top.count(None) < num_rows:
             host["logprobs"] = LogprobsQuery.collect(num_top)
         penalties = enumerate(zip(repetition, presence, frequency, strict=True))
@@ -114,9 +124,9 @@ class SamplingTensors:
     def edit(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the logits [num_rows, vocab_size] that tokens are drawn from, less temperature.
 
-        A float32 copy after bias, penalties and filters; `logits` itself if no row asks for any.
+        A float32 copy after mask, bias, penalties and filters; `logits` itself if no row asks.
         """
-        edits = (self.bias, self.repetition, self.output_penalties, self.min_p)
+        edits = (self.mask, self.bias, self.repetition, self.output_penalties, self.min_p)
         if not any((*edits, self.few_candidates, self.all_candidates)):
             return logits
         edited = logits.to(torch.float32, copy=True)
@@ -163,6 +173,7 @@ def _on_device(
     return SamplingTensors(
         num_rows=len(num_top),
         noise=Noise(*views["noise"]) if "noise" in views else None,
+        mask=TokenMask(*views["mask"]) if "mask" in views else None,
         bias=LogitBias(*views["bias"]) if "bias" in views else None,
         **_penalties_on_device(parts, views, history),
         min_p=MinP(*views["min_p"]) if "min_p" in views else None,

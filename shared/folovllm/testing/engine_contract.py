@@ -7,15 +7,19 @@ A stage's test file is
         options = {"max_num_seqs": 4, ...}
 """
 
+import json
 import random
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from ..bench.arrivals import make_request
 from ..bench.benchmark import run_benchmark
@@ -27,12 +31,14 @@ from ..hardware import Ceilings
 from ..interfaces import Engine
 from ..model.loader import load_model
 from ..model.transformer import CausalLM
-from ..request import FinishReason, Request, SamplingParams
+from ..request import FinishReason, Request, SamplingParams, StructuredOutputsParams
+from ..text.tokenizer import Tokenizer
 from ..workloads.workload import make_workload
 from .driver import check_idle, check_step, drain, make_requests, random_prompts
 from .forced_sampler import ForcedSampler
 from .line_interrupts import LineInterrupt
 from .toy_models import ToyFamily, reference_greedy, reference_logits, toy_families, write_toy_model
+from .toy_tokenizers import save_byte_level_tokenizer
 
 
 def _greedy(max_tokens: int, **options: Any) -> SamplingParams:
@@ -52,6 +58,25 @@ def _interrupt_calls(function: Callable[..., Any], every: int) -> Callable[..., 
         return result
 
     return interrupted
+
+
+def _is_person(text: str) -> bool:
+    person = json.loads(text)
+    is_whole = person.keys() == {"age", "name"} and person["age"] in (7, 42)
+    return is_whole and len(person["name"]) <= 4
+
+
+def _is_repeated(text: str) -> bool:
+    return re.fullmatch("(ab|cd){2,5}", text) is not None
+
+
+def _is_choice(text: str) -> bool:
+    return text in ("yes", "no", "世界")
+
+
+def _is_nested(text: str) -> bool:
+    depth = text.count("(")
+    return text in ("(" * depth + ")" * depth, "(" * depth + "x" + ")" * depth) and text != ""
 
 
 @pytest.fixture(scope="session", params=toy_families(), ids=lambda family: family.name)
@@ -444,6 +469,115 @@ class EngineContract:
                 assert token.logprobs.rank == 1
                 assert token.logprobs.top[0] == (token.token_id, token.logprobs.logprob)
                 assert len(token.logprobs.top) == 3
+
+    def test_prompt_logprobs_equal_transformers(self, toy_directory: Path) -> None:
+        """In one engine twice, so that a prefix cache has them; with more than its blocks hold."""
+        prompts = random_prompts(seed=7, count=10, vocab_size=199, max_len=90)
+        rows = reference_logits(toy_directory, [p[:1] for p in prompts], [p[1:] for p in prompts])
+        options = self.fuzz_options(random.Random(7))
+        engine = self.make_engine(load_model(toy_directory), **options)
+        for run in range(2):
+            params = [_greedy(12, prompt_logprobs=index % 4) for index in range(9)] + [_greedy(12)]
+            requests = make_requests(prompts, params, ids=[f"{run}-{i}" for i in range(10)])
+            drain(engine, requests[:3], later={1: requests[3:7], 4: requests[7:]})
+            assert requests[9].prompt_logprobs == []
+            for index, request in enumerate(requests[:9]):
+                self.check_prompt_logprobs(request, rows[index].log_softmax(-1), index % 4)
+
+    @staticmethod
+    def check_prompt_logprobs(request: Request, expected: torch.Tensor, num_top: int) -> None:
+        assert len(request.prompt_logprobs) == request.num_prompt_tokens - 1 == len(expected)
+        for position, row, token_id in zip(
+            request.prompt_logprobs, expected, request.prompt_token_ids[1:], strict=True
+        ):
+            assert position.logprob == pytest.approx(float(row[token_id]), abs=1e-3)
+            assert position.rank == int((row > row[token_id]).sum()) + 1
+            ids, values = [i for i, _ in position.top], [value for _, value in position.top]
+            assert values == pytest.approx(row.topk(num_top).values.tolist(), abs=1e-3)
+            assert values == pytest.approx(row[ids].tolist(), abs=1e-3)
+
+    def test_prompt_logprobs_survive_steps_that_break_off(self, toy_model: CausalLM) -> None:
+        prompts = random_prompts(seed=8, count=6, vocab_size=199, max_len=60)
+        params = _greedy(6, prompt_logprobs=1)
+        expected = make_requests(prompts, params)
+        drain(self.make_engine(toy_model), expected)
+        engine: Any = self.make_engine(toy_model)
+        runner = engine.model_runner
+        setattr(runner, self.run_step, _interrupt_calls(getattr(runner, self.run_step), every=10))
+        requests = make_requests(prompts, params)
+        for request in requests:
+            engine.add_request(request)
+        while engine.has_unfinished_requests():
+            with suppress(KeyboardInterrupt):
+                engine.step()
+        for request, twin in zip(requests, expected, strict=True):
+            assert len(request.prompt_logprobs) == len(twin.prompt_logprobs)
+            for position, other in zip(request.prompt_logprobs, twin.prompt_logprobs, strict=True):
+                assert position.logprob == pytest.approx(other.logprob, abs=1e-3)
+
+    def test_rules_on_tokens_hold_in_every_output(self, toy_directory: Path) -> None:
+        """Words of several tokens are checked against outputs that are still on their way."""
+        prompts = random_prompts(seed=9, count=4, vocab_size=199, max_len=40)
+        engine = self.make_engine(load_model(toy_directory))
+        allowed = _greedy(20, allowed_token_ids=[7, 30, 198], ignore_eos=True)
+        requests = make_requests(prompts, [allowed, allowed, _greedy(20), _greedy(20)])
+        drain(engine, requests)
+        plain = requests[2].output_token_ids
+        for request in requests[:2]:
+            assert set(request.output_token_ids) <= {7, 30, 198}
+        params = _greedy(20, bad_words=["given as token ids"])
+        words = ((plain[0],), (plain[3], plain[4]), (plain[5], plain[6], plain[7]))
+        ruled = Request(
+            request_id="ruled",
+            prompt_token_ids=prompts[2],
+            sampling_params=params,
+            bad_words_token_ids=words,
+        )
+        drain(engine, [ruled])
+        tokens = ruled.output_token_ids
+        assert len(tokens) == 20
+        for word in words:
+            starts = range(len(tokens) - len(word) + 1)
+            assert not any(tuple(tokens[start : start + len(word)]) == word for start in starts)
+
+    def test_structured_outputs_are_valid_whatever_is_sampled(self, tmp_path: Path) -> None:
+        """A random model at a high temperature, in a cache that makes requests give way."""
+        pytest.importorskip("llguidance")
+        write_toy_model(
+            ToyFamily("llama", "llama", {"vocab_size": 373, "tie_word_embeddings": False}), tmp_path
+        )
+        tokenizer = Tokenizer(save_byte_level_tokenizer(tmp_path))
+        (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 0]}')
+        options = {"max_model_len": 192, **self.options, **self.fuzz_options(random.Random(3))}
+        llm = self.stage.LLM(tmp_path, device="cpu", **options)
+        schema = {
+            "type": "object",
+            "properties": {"age": {"enum": [7, 42]}, "name": {"type": "string", "maxLength": 4}},
+            "required": ["age", "name"],
+            "additionalProperties": False,
+        }
+        structures = [
+            StructuredOutputsParams(json=schema, disable_any_whitespace=True),
+            StructuredOutputsParams(regex="(ab|cd){2,5}"),
+            StructuredOutputsParams(choice=["yes", "no", "世界"]),
+            StructuredOutputsParams(grammar='start: "(" start? ")" | "x"'),
+        ] * 3
+        params = [
+            SamplingParams(temperature=2.0, seed=index, max_tokens=70, structured_outputs=structure)
+            for index, structure in enumerate(structures)
+        ]
+        plain = _greedy(20)
+        prompts = random_prompts(seed=10, count=13, vocab_size=tokenizer.vocab_size, max_len=60)
+        *outputs, other = llm.generate(prompts, [*params, plain], use_tqdm=False)
+        for index, output in enumerate(outputs):
+            (completion,) = output.outputs
+            check = (_is_person, _is_repeated, _is_choice, _is_nested)[index % 4]
+            if completion.finish_reason == "stop":
+                assert check(completion.text), completion.text
+            assert (completion.finish_reason == "length") == (len(completion.token_ids) == 70)
+        assert sum(output.outputs[0].finish_reason == "stop" for output in outputs) >= 9
+        (alone,) = llm.generate(prompts[-1:], plain, use_tqdm=False)
+        assert other.outputs[0].token_ids == alone.outputs[0].token_ids
 
     def test_scaled_rope_reaches_beyond_the_original_context(self, tmp_path: Path) -> None:
         """YaRN with a factor of 4: the file's max_position_embeddings are not the end."""

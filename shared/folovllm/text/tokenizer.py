@@ -1,13 +1,19 @@
 """Text to token ids and back: a thin wrapper over a Hugging Face tokenizer."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-Message = Mapping[str, str]
-"""One turn of a conversation: `{"role": "user", "content": "Hello"}`."""
+from .chat import (
+    DEFAULT_OPTIONS,
+    ChatOptions,
+    Message,
+    TemplateTraits,
+    check_options,
+    normalise_messages,
+)
 
 _BYTE_FALLBACK_LEN = len("<0x00>")
 
@@ -38,6 +44,7 @@ class Tokenizer:
         self._backend.no_padding()
         self._refuse_dropout()
         self._token_bytes: dict[int, bytes] = {}
+        self._traits: dict[str, TemplateTraits] = {}
 
     @staticmethod
     def _load(path: str) -> Any:
@@ -122,21 +129,19 @@ class Tokenizer:
         return text
 
     def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True
+        self, messages: Sequence[Message], options: ChatOptions = DEFAULT_OPTIONS
     ) -> list[int]:
         """Token ids of a conversation in the format that the model was trained on.
 
-        `add_generation_prompt` opens the assistant's turn. ValueError if the tokenizer has no
-        template, a message is malformed, or the template refuses the conversation, fails on it
-        or makes nothing of it.
+        ValueError if there is no template, a message is malformed, the template does not look at
+        one of the options, refuses the conversation, fails on it or makes nothing of it.
         """
-        if not self.has_chat_template:
+        if not self.has_chat_template and options.chat_template is None:
             raise ValueError(
                 f"the tokenizer of {self.path!r} has no chat template: it belongs to a base "
-                f"model; use generate with plain text, or an instruct model"
+                f"model; use generate with plain text, an instruct model, or give a chat_template"
             )
-        self._check_messages(messages)
-        text = self._render(messages, add_generation_prompt)
+        text = self._render(messages, options)
         token_ids = self.encode(text, add_special_tokens=False)  # the template has written them
         if not token_ids:
             raise ValueError(
@@ -145,41 +150,49 @@ class Tokenizer:
             )
         return token_ids
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
+    def _render(self, messages: Sequence[Message], options: ChatOptions) -> str:
+        template, traits = self._find_template(options)
+        check_options(options, traits, repr(self.path))
+        content_format = options.chat_template_content_format
+        if content_format == "auto":
+            content_format = "openai" if traits.loops_over_content else "string"
+        normalised = normalise_messages(messages, content_format)
         try:
             text: str = self._hf.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
+                normalised,
+                tools=[dict(tool) for tool in options.tools] if options.tools else None,
+                chat_template=template,
+                add_generation_prompt=options.add_generation_prompt,
+                continue_final_message=options.continue_final_message,
                 tokenize=False,
+                **(options.chat_template_kwargs or {}),
             )
-        except TemplateError as error:
-            raise ValueError(
-                f"the chat template of {self.path!r} refuses this conversation: {error}"
-            ) from error
         except Exception as error:  # a template is a program: it may fail in any way
-            raise ValueError(
-                f"the chat template of {self.path!r} fails on this conversation "
-                f"({type(error).__name__}: {error}); correct the template"
-            ) from error
+            raise self._template_error(error) from error
         return text
 
-    @staticmethod
-    def _check_messages(messages: Sequence[Message]) -> None:
-        if isinstance(messages, str | Mapping) or not messages:
-            raise ValueError(
-                f"a conversation is a non-empty list of messages "
-                f'like {{"role": "user", "content": "Hello"}}, got {messages!r}'
+    def _find_template(self, options: ChatOptions) -> tuple[str, TemplateTraits]:
+        """The template that these options choose; what the tokenizer's own read is remembered."""
+        try:
+            template: str = self._hf.get_chat_template(options.chat_template, options.tools or None)
+            traits = self._traits.get(template) or TemplateTraits.of(template)
+        except Exception as error:  # of several none is the default, or it is no template
+            raise self._template_error(error) from error
+        if options.chat_template is None:
+            self._traits[template] = traits
+        return template, traits
+
+    def _template_error(self, error: Exception) -> ValueError:
+        from jinja2 import TemplateError
+
+        if isinstance(error, TemplateError):
+            return ValueError(
+                f"the chat template of {self.path!r} refuses this conversation: {error}"
             )
-        for index, message in enumerate(messages):
-            for key in ("role", "content"):
-                value = message.get(key) if isinstance(message, Mapping) else None
-                if not isinstance(value, str):
-                    raise ValueError(
-                        f"message {index} needs a string under {key!r}, got {message!r}; "
-                        f'write it as {{"role": "user", "content": "Hello"}}'
-                    )
+        return ValueError(
+            f"the chat template of {self.path!r} fails on this conversation "
+            f"({type(error).__name__}: {error}); correct the template"
+        )
 
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 bytes that a token adds after other text; part of a character is possible.

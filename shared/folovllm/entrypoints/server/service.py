@@ -1,0 +1,224 @@
+"""From the body of a call to its answer: completions, chat, and what tokenizers do."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+from fastapi import Request, Response
+
+from ...sampling_params import SamplingParams
+from ...text.tokenizer import Tokenizer
+from ..async_llm import AsyncLLM
+from ..async_stream import AsyncOutputStream, QueueFullError
+from ..outputs import RequestOutputKind
+from ..prompts import Prompt, PromptInput, split_prompts
+from .answers import Answer, Shape
+from .chat_shape import ChatShape
+from .completion_shape import CompletionShape
+from .errors import ApiError, invalid_value
+from .event_stream import EventStream, while_connected
+from .protocol import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    ConversationBody,
+    DetokenizeBody,
+    GenerationBody,
+    TokenizeBody,
+    TokenizeChatBody,
+)
+from .settings import ServerSettings
+
+
+class Service:
+    """Answers calls, and knows how many are under way and whether new ones are taken."""
+
+    def __init__(
+        self, llm: AsyncLLM, model_name: str, settings: ServerSettings, defaults: SamplingParams
+    ) -> None:
+        """defaults: of fields that a call leaves out."""
+        self.llm = llm
+        self.model_name = model_name
+        self.is_draining = False
+        self.num_calls = 0
+        """Calls that generate and have not been answered to the end."""
+        self._settings = settings
+        self._defaults = defaults
+
+    async def complete(self, request: Request, body: CompletionBody) -> Response:
+        prompts = split_prompts(body.prompt)
+        if not prompts:
+            raise ApiError(400, "prompt is an empty list", param="prompt")
+        params = self._params(body, self._defaults, len(prompts))
+        # In the thread pool, as all that takes as long as a prompt is.
+        taken = await asyncio.to_thread(self._take_prompts, prompts, body)
+        texts = await asyncio.to_thread(self._texts, prompts) if body.echo else []
+        return await self._generate(request, body, taken, params, CompletionShape(body, texts))
+
+    async def chat(self, request: Request, body: ChatBody) -> Response:
+        # A chat goes on to the end of its turn where nobody sets a limit, a completion does not.
+        defaults = self._defaults
+        if defaults.max_tokens == SamplingParams().max_tokens:
+            defaults = replace(defaults, max_tokens=None)
+        params = self._params(body, defaults, 1)
+        prompt = await asyncio.to_thread(self._render, body, body.cache_salt)
+        return await self._generate(request, body, [prompt], params, ChatShape(body))
+
+    async def tokenize(self, body: TokenizeBody | TokenizeChatBody) -> Response:
+        self._check_model(body)
+        tokenizer = self._tokenizer()
+        if isinstance(body, TokenizeBody):
+            try:
+                ids = await asyncio.to_thread(
+                    tokenizer.encode, body.prompt, body.add_special_tokens
+                )
+            except ValueError as error:
+                raise ApiError(400, str(error), param="prompt") from error
+        else:
+            ids = (await asyncio.to_thread(self._render, body, None)).token_ids
+        content = {
+            "count": len(ids),
+            "max_model_len": self.llm.facts.max_model_len,
+            "tokens": ids,
+            "token_strs": [tokenizer.token_text(i) for i in ids]
+            if body.return_token_strs
+            else None,
+        }
+        return json_response(content)
+
+    async def detokenize(self, body: DetokenizeBody) -> Response:
+        self._check_model(body)
+        tokenizer = self._tokenizer()
+        wrong = next((i for i in body.tokens if not 0 <= i < self.llm.facts.vocab_size), None)
+        if wrong is not None:
+            raise ApiError(400, f"{wrong} is no id of a token of this model", param="tokens")
+        text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
+        return json_response({"prompt": text})
+
+    def _params(
+        self, body: GenerationBody, defaults: SamplingParams, num_prompts: int
+    ) -> SamplingParams:
+        """Also checks what can be checked before a prompt is looked at."""
+        if self.is_draining:
+            raise ApiError(503, "the server is shutting down", kind="server_error")
+        self._check_model(body)
+        try:
+            params = body.sampling_params(defaults, self._settings)
+        except ValueError as error:
+            raise invalid_value(error, type(body).model_fields) from error
+        if num_prompts * params.n > self._settings.max_n:
+            raise ApiError(
+                400,
+                f"{num_prompts} prompts with n={params.n} are more completions than the "
+                f"{self._settings.max_n} that one call may ask for",
+                param="prompt",
+            )
+        return params
+
+    async def _generate(
+        self,
+        request: Request,
+        body: GenerationBody,
+        prompts: Sequence[PromptInput],
+        params: SamplingParams,
+        shape: Shape,
+    ) -> Response:
+        self.num_calls += 1
+        is_streaming = False
+        try:
+            kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
+            streams = await while_connected(
+                request.receive, self._start(prompts, params, body, kind)
+            )
+            answer = Answer(shape, self.model_name, streams, params.n)
+            if body.stream:
+                is_streaming = True
+                return EventStream(
+                    answer.chunks(body.stream_options), lambda: self._end_call(answer)
+                )
+            try:
+                content = await while_connected(request.receive, answer.whole())
+            finally:
+                answer.close()
+            return Response(content, media_type="application/json")
+        finally:
+            if not is_streaming:
+                self.num_calls -= 1
+
+    def _end_call(self, answer: Answer) -> None:
+        answer.close()
+        self.num_calls -= 1
+
+    async def _start(
+        self,
+        prompts: Sequence[PromptInput],
+        params: SamplingParams,
+        body: GenerationBody,
+        kind: RequestOutputKind,
+    ) -> list[AsyncOutputStream]:
+        try:
+            return await self.llm.start(prompts, params, priority=body.priority, output_kind=kind)
+        except QueueFullError as error:
+            raise ApiError(429, str(error), kind="rate_limit_error") from error
+        except ValueError as error:
+            raise invalid_value(error, type(body).model_fields) from error
+        except ImportError as error:
+            raise ApiError(400, str(error), param="structured_outputs") from error
+
+    def _take_prompts(
+        self, prompts: Sequence[PromptInput], body: CompletionBody
+    ) -> Sequence[PromptInput]:
+        """The prompts, with the salt and without special tokens where the body says so."""
+        taken: list[Any] = list(prompts)
+        if body.add_special_tokens is False:
+            tokenizer = self._tokenizer()
+            taken = [
+                tokenizer.encode(prompt, add_special_tokens=False)
+                if isinstance(prompt, str)
+                else prompt
+                for prompt in taken
+            ]
+        if body.cache_salt is None:
+            return taken
+        names = ["prompt" if isinstance(p, str) else "prompt_token_ids" for p in taken]
+        salt = body.cache_salt
+        return [{name: p, "cache_salt": salt} for name, p in zip(names, taken, strict=True)]
+
+    def _texts(self, prompts: Sequence[Any]) -> list[str]:
+        return [
+            prompt
+            if isinstance(prompt, str)
+            else self._tokenizer().decode(prompt, skip_special_tokens=False)
+            for prompt in prompts
+        ]
+
+    def _render(self, body: ConversationBody, cache_salt: str | None) -> Prompt:
+        try:
+            tokenizer = self._tokenizer()
+            ids = tokenizer.apply_chat_template(body.messages, body.chat_options())
+            return Prompt(tokenizer.decode(ids, skip_special_tokens=False), ids, cache_salt)
+        except ValueError as error:
+            refusal = invalid_value(error, ConversationBody.model_fields)
+            refusal.content["param"] = refusal.content["param"] or "messages"
+            raise refusal from error
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.llm.tokenizer is None:
+            raise ApiError(400, "this model has no tokenizer; give token ids", param="prompt")
+        return self.llm.tokenizer
+
+    def _check_model(self, body: Body) -> None:
+        if body.model not in (None, self.model_name):
+            raise ApiError(
+                404,
+                f"there is no model {body.model!r} here; this server has {self.model_name!r}",
+                kind="not_found_error",
+                param="model",
+                code="model_not_found",
+            )
+
+
+def json_response(content: Any) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")

@@ -1,0 +1,219 @@
+"""AsyncLLM over an engine in another process: aborts, slow readers, refusals, deaths."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("zmq")
+pytest.importorskip("msgspec")
+
+from folovllm.entrypoints.async_llm import AsyncLLM
+from folovllm.entrypoints.async_stream import EngineDeadError, QueueFullError
+from folovllm.entrypoints.outputs import RequestOutputKind
+from folovllm.request import SamplingParams
+from folovllm.testing.served_llm import ServedLLM
+from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer
+
+LONG = SamplingParams(max_tokens=1900)
+DELTA = RequestOutputKind.DELTA
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory):
+    return save_byte_level_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+async def all_gone(llm, within_s=5.0):
+    """Wait until the engine has nothing to run: then it answers the next request in one step."""
+    end = time.perf_counter() + within_s
+    while llm.num_unfinished:
+        assert time.perf_counter() < end
+        await asyncio.sleep(0.01)
+
+
+class StepRecorder:
+    """Keeps the number of tokens of every step."""
+
+    def __init__(self):
+        self.num_tokens = []
+        self.is_idle = asyncio.Event()
+
+    def on_added(self, requests):
+        self.is_idle.clear()
+
+    def on_step(self, step):
+        self.num_tokens.append(len(step.tokens))
+
+    def on_stopped(self, request_ids):
+        pass
+
+    def on_aborted(self, request_ids):
+        pass
+
+    def on_idle(self):
+        self.is_idle.set()
+
+
+def test_whoever_leaves_is_aborted_and_slow_readers_get_more_at_once(tokenizer_path):
+    async def run():
+        steps = StepRecorder()
+        options = {"step_ms": 1.0, "max_queue_len": 5, "observers": [steps]}
+        async with AsyncLLM(ServedLLM, tokenizer_path, **options) as llm:
+            await check_cancelled_task_is_aborted(llm, steps)
+            await check_left_loop_is_aborted(llm, steps)
+            await check_slow_reader(llm)
+            await check_deltas_cost_what_is_new(llm)
+            await check_names_and_refusals(llm)
+            await check_queue_has_a_limit(llm)
+            await all_gone(llm)
+
+    asyncio.run(run())
+
+
+async def check_cancelled_task_is_aborted(llm, steps):
+    async def read():
+        async for _ in llm.generate("Hello world", LONG):
+            pass
+
+    task = asyncio.create_task(read())
+    while len(steps.num_tokens) < 5:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    num_steps = len(steps.num_tokens)
+    await asyncio.wait_for(steps.is_idle.wait(), 5)
+    assert len(steps.num_tokens) <= num_steps + 10  # of 1,900
+    assert llm.num_unfinished == llm.num_queued == 0
+
+
+async def check_left_loop_is_aborted(llm, steps):
+    generator = llm.generate("Hello world", LONG, output_kind=DELTA)
+    async for output in generator:
+        if output.outputs:
+            break
+    await generator.aclose()
+    await asyncio.wait_for(steps.is_idle.wait(), 5)
+    assert llm.num_unfinished == 0
+
+
+async def check_slow_reader(llm):
+    params = SamplingParams(max_tokens=200)
+    (slow,) = await llm.start(["Hello world"], params, output_kind=DELTA)
+    fast = [output async for output in llm.generate("Hello", params, output_kind=DELTA)]
+    assert len(fast) > 100  # one output for nearly every token: nobody waited for the slow one
+    await all_gone(llm)
+    outputs = [output async for output in slow]
+    assert len(outputs) == 1 and len(outputs[0].outputs[0].token_ids) == 200
+
+
+async def check_deltas_cost_what_is_new(llm):
+    sizes = [
+        (len(output.outputs[0].token_ids), len(output.outputs[0].text))
+        async for output in llm.generate("Hello", SamplingParams(max_tokens=500), output_kind=DELTA)
+    ]
+    assert sum(tokens for tokens, _ in sizes) == 500
+    assert max(tokens for tokens, _ in sizes[-100:]) < 50
+
+
+async def check_names_and_refusals(llm):
+    outputs = [o async for o in llm.generate("Hello", SamplingParams(max_tokens=2), "my-name")]
+    assert {output.request_id for output in outputs} == {"my-name"}
+    for prompt, params, message in (
+        ("Hello", SamplingParams(max_tokens=3000), "max_model_len"),  # the engine says so
+        ("", SamplingParams(), "no tokens"),
+        ([100_000], SamplingParams(), "token id 100000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            await llm.start([prompt], params)
+    # Of several prompts, all are refused with the one that cannot run.
+    with pytest.raises(ValueError, match="max_model_len"):
+        await llm.start([[5] * 10, [5] * 200], SamplingParams(max_tokens=1900))
+
+
+async def check_queue_has_a_limit(llm):
+    with pytest.raises(QueueFullError, match="5 may wait"):
+        await llm.start(["a"] * 6, LONG)
+    with pytest.raises(QueueFullError):
+        await llm.start(["a"], SamplingParams(n=6))
+    streams = await llm.start(["a"] * 5, LONG)
+    assert llm.num_unfinished == 5
+    for stream in streams:
+        stream.close()
+    assert llm.num_queued == 0
+
+
+def test_engine_that_dies_tells_everybody_who_waits(tokenizer_path):
+    async def run():
+        options = {"step_ms": 1.0, "raise_at_step": 20}
+        async with AsyncLLM(ServedLLM, tokenizer_path, **options) as llm:
+            streams = await llm.start(["Hello", "world"], LONG)
+
+            async def read(stream):
+                async for _ in stream:
+                    pass
+
+            results = await asyncio.wait_for(
+                asyncio.gather(*map(read, streams), return_exceptions=True), 10
+            )
+            assert [type(result) for result in results] == [EngineDeadError] * 2
+            assert "the device is gone" in str(results[0])
+            assert llm.died.is_set()
+            with pytest.raises(EngineDeadError):
+                await llm.start(["Hello"], LONG)
+
+    asyncio.run(run())
+
+
+def test_killed_engine_is_noticed_while_nothing_runs(tokenizer_path):
+    async def run():
+        async with AsyncLLM(ServedLLM, tokenizer_path) as llm:
+            os.kill(llm.process_id, signal.SIGKILL)
+            await asyncio.wait_for(llm.died.wait(), 10)
+            with pytest.raises(EngineDeadError, match="killed by signal 9"):
+                llm.check_alive()
+
+    asyncio.run(run())
+
+
+def test_mistake_at_start_up_is_raised_and_leaves_no_process(tokenizer_path):
+    async def run():
+        with pytest.raises(ValueError, match="unknown engine option 'max_num_seq'"):
+            async with AsyncLLM(ServedLLM, tokenizer_path, max_num_seq=3):
+                pass
+
+    asyncio.run(run())
+
+
+FRONT = """
+import asyncio, sys
+from folovllm.entrypoints.async_llm import AsyncLLM
+from folovllm.testing.served_llm import ServedLLM
+
+async def main():
+    async with AsyncLLM(ServedLLM, sys.argv[1]) as llm:
+        print(llm.process_id, flush=True)
+        await asyncio.sleep(100)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_engine_ends_with_a_front_that_was_killed(tokenizer_path, tmp_path):
+    script = tmp_path / "front.py"
+    script.write_text(FRONT)
+    command = [sys.executable, str(script), str(tokenizer_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as front:
+        core = int(front.stdout.readline())
+        front.kill()
+    end = time.perf_counter() + 10
+    while Path(f"/proc/{core}").exists():
+        assert time.perf_counter() < end
+        time.sleep(0.02)
