@@ -55,13 +55,14 @@ class StepLimits(Protocol):
 def largest_prompts(limits: StepLimits) -> set[tuple[int, int]]:
     """(requests, tokens of each) of steps that fill the budget: the longest prompts, or all of it.
 
-    With a budget of 8,192 and prompts of up to 5,000 tokens: 1 of 5,000, 2 of 4,096.
+    With a budget of 8,192 and prompts of up to 5,000 tokens: 1 of 5,000, 2 of 4,096. Of a prompt
+    that is longer than the budget, a step computes as much as the budget.
     """
     budget = limits.max_num_batched_tokens
     num_needed = -(-budget // limits.max_model_len)
     return {
         (min(budget // prompt_len, limits.max_num_seqs), prompt_len)
-        for prompt_len in (limits.max_model_len, budget // num_needed)
+        for prompt_len in (min(limits.max_model_len, budget), budget // num_needed)
     }
 
 

@@ -74,6 +74,7 @@ def test_largest_sampling_runs_the_rules_that_take_memory() -> None:
         (100, 64, 256, {(1, 64), (2, 50)}),
         (8192, 16, 256, {(256, 16)}),
         (8192, 5000, 1, {(1, 5000), (1, 4096)}),
+        (2048, 17408, 256, {(1, 2048)}),
     ],
 )
 def test_largest_prompts_use_the_budget_up(budget, max_model_len, max_num_seqs, expected) -> None:
