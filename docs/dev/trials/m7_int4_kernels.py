@@ -9,6 +9,7 @@ product of a chain has weights of its own, more than the L2 cache holds.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -212,10 +213,10 @@ def main(out_file: str) -> None:
         for num_rows in (1, 8, 16, 64, 256):
             x = torch.randn(num_rows, num_inputs, device=DEVICE, dtype=torch.bfloat16)
             out = torch.empty(num_rows, num_outputs, device=DEVICE, dtype=torch.bfloat16)
-            us = time_us([lambda w=w: torch.nn.functional.linear(x, w) for w in plain])
+            us = time_us([partial(torch.nn.functional.linear, x, w) for w in plain])
             row = {"shape": name, "rows": num_rows, "bytes": num_bytes}
             results.append(row | {"variant": "cublas bf16", "us": us})
-            us = time_us([lambda w=w: int4_matmul.linear(x, w, None) for w in packed])
+            us = time_us([partial(int4_matmul.linear, x, w, None) for w in packed])
             results.append(row | {"variant": "stage", "us": us})
             for variant in variants(num_rows):
                 matrices = by_run[variant.run]
@@ -225,7 +226,7 @@ def main(out_file: str) -> None:
                     matrices[0].multiply(x, out, variant)
                     expected = x.float() @ matrices[0].matrix.dequantize().t()
                     error = ((out.float() - expected).norm() / expected.norm()).item()
-                    us = time_us([lambda m=m: m.multiply(x, out, variant) for m in matrices])
+                    us = time_us([partial(m.multiply, x, out, variant) for m in matrices])
                 except Exception as failure:  # a shape that does not fit the device
                     text = str(failure).splitlines()[0][:120]
                     results.append(row | {"variant": variant, "failure": text})
