@@ -1,6 +1,6 @@
 """Times ways to multiply with 4-bit weights, after comparing each with dequantised ones.
 
-    PYTHONPATH=.:shared python docs/dev/trials/m7_int4_kernels.py OUT.json
+    PYTHONPATH=.:shared python docs/dev/trials/m7_int4_kernels.py OUT.json [--stage-only]
 
 Shapes are those of Qwen3-8B with groups of 128. A variant is (rows of a tile, outputs of a tile,
 words of a run, warps, stages, splits of the inputs); `stage` is what m7_gptq runs today. Every
@@ -166,6 +166,10 @@ class Matrix:
         )
 
 
+def _written_out(x: torch.Tensor, weight: int4_matmul.PackedWeight) -> torch.Tensor:
+    return torch.nn.functional.linear(x, int4_matmul.dequantize(weight, x.dtype))
+
+
 def time_us(launches) -> float:
     """Microseconds of one of the launches, replayed as a graph; the best of five."""
     for launch in launches:
@@ -187,6 +191,8 @@ def time_us(launches) -> float:
 
 
 def variants(num_rows: int) -> list[Variant]:
+    if "--stage-only" in sys.argv:
+        return []
     if num_rows <= 16:
         rows = 8 if num_rows <= 8 else 16
         cuts = [(16, 128, 1, 3), (16, 128, 1, 2), (32, 128, 2, 3), (64, 128, 4, 2), (64, 64, 4, 3)]
@@ -210,7 +216,7 @@ def main(out_file: str) -> None:
         }
         plain = [m.matrix.dequantize().to(torch.bfloat16) for m in by_run[128][:4]]
         packed = [int4_matmul.pack_for_kernel(m.matrix) for m in by_run[128]]
-        for num_rows in (1, 8, 16, 64, 256):
+        for num_rows in (1, 2, 8, 16, 32, 64, 128, 256):
             x = torch.randn(num_rows, num_inputs, device=DEVICE, dtype=torch.bfloat16)
             out = torch.empty(num_rows, num_outputs, device=DEVICE, dtype=torch.bfloat16)
             us = time_us([partial(torch.nn.functional.linear, x, w) for w in plain])
@@ -218,6 +224,8 @@ def main(out_file: str) -> None:
             results.append(row | {"variant": "cublas bf16", "us": us})
             us = time_us([partial(int4_matmul.linear, x, w, None) for w in packed])
             results.append(row | {"variant": "stage", "us": us})
+            written = [partial(_written_out, x, w) for w in packed]
+            results.append(row | {"variant": "stage, written out", "us": time_us(written)})
             for variant in variants(num_rows):
                 matrices = by_run[variant.run]
                 if num_inputs // (8 * variant.run) < variant.splits:
@@ -234,7 +242,7 @@ def main(out_file: str) -> None:
                 results.append(row | {"variant": variant, "us": us, "error": error})
             mine = [r for r in results if r["shape"] == name and r["rows"] == num_rows]
             best = sorted((r for r in mine if "us" in r), key=lambda r: r["us"])[:5]
-            for r in best + mine[:2]:
+            for r in best + mine[:3]:
                 rate = num_bytes / r["us"] / 1e6
                 print(name, num_rows, r["variant"], f"{r['us']:.1f} us {rate:.2f} TB/s", flush=True)
             for r in mine:
