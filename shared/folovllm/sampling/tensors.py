@@ -89,15 +89,15 @@ class SamplingTensors:
             *[_get_settings(request.sampling_params) for request in requests], strict=True
         )
         temperatures, biases, min_tokens, repetition, presence, frequency, num_top, *rest = columns
-        bad_words, *allowed = rest
+        bad_words, allowed, structures = rest
         host: dict[str, list[np.ndarray]] = {}
         if any(temperatures):
             host |= _collect_random(requests, temperatures, masks.vocab_size)
         if any(biases) or any(min_tokens) or any(bad_words):
             host["bias"] = LogitBias.collect(requests, masks.vocab_size)
-        rules = enumerate(zip(*allowed, strict=True))
-        masked = [row for row, (token_ids, structure) in rules if token_ids or structure]
-        if masked:
+        if any(allowed) or any(structures):
+            rules = enumerate(zip(allowed, structures, strict=True))
+            masked = [row for row, (token_ids, structure) in rules if token_ids or structure]
             host["mask"] = masks.collect(requests, masked)
         if num_top.count(None) < num_rows:
             host["logprobs"] = LogprobsQuery.collect(num_top)
