@@ -20,6 +20,7 @@ from folovllm.request import SamplingParams
 from folovllm.testing.served_llm import ServedLLM
 from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer
 
+SHORT = SamplingParams(max_tokens=2)
 LONG = SamplingParams(max_tokens=1900)
 DELTA = RequestOutputKind.DELTA
 
@@ -42,9 +43,11 @@ class StepRecorder:
 
     def __init__(self):
         self.num_tokens = []
+        self.num_added = 0
         self.is_idle = asyncio.Event()
 
     def on_added(self, requests):
+        self.num_added += len(requests)
         self.is_idle.clear()
 
     def on_step(self, step):
@@ -65,6 +68,8 @@ def test_whoever_leaves_is_aborted_and_slow_readers_get_more_at_once(tokenizer_p
         steps = StepRecorder()
         options = {"step_ms": 1.0, "max_queue_len": 5, "observers": [steps]}
         async with AsyncLLM(ServedLLM, tokenizer_path, **options) as llm:
+            await check_nobody_counts_whom_the_engine_accepts_too_late(llm, steps)
+            await check_prefixes_cannot_be_forgotten_where_none_are_kept(llm)
             await check_cancelled_task_is_aborted(llm, steps)
             await check_left_loop_is_aborted(llm, steps)
             await check_slow_reader(llm)
@@ -74,6 +79,25 @@ def test_whoever_leaves_is_aborted_and_slow_readers_get_more_at_once(tokenizer_p
             await all_gone(llm)
 
     asyncio.run(run())
+
+
+async def check_nobody_counts_whom_the_engine_accepts_too_late(llm, steps):
+    """Such a request has no step and no end: whoever had counted it would count it for ever."""
+    leaving = asyncio.create_task(llm.start(["Hello world"], LONG))
+    while not llm.num_unfinished:  # sent, and not answered before this task waits again
+        await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    assert steps.num_added == 0 == llm.num_unfinished
+    streams = await llm.start(["Hello world"], SHORT)  # its answer comes behind the other one's
+    assert steps.num_added == 1
+    assert [output.finished async for output in streams[0]][-1]
+
+
+async def check_prefixes_cannot_be_forgotten_where_none_are_kept(llm):
+    with pytest.raises(ValueError, match="keeps no prefixes"):
+        llm.reset_prefix_cache()
+    assert [output.finished async for output in llm.generate("Hello", SHORT)][-1]
 
 
 async def check_cancelled_task_is_aborted(llm, steps):

@@ -25,7 +25,7 @@ from .core_messages import (
 )
 from .default_sampling import default_sampling_params
 from .engine_observer import EngineObserver
-from .llm import LLM
+from .llm import LLM, no_prefixes
 from .output_processor import OutputProcessor, PromptState
 from .outputs import RequestOutput, RequestOutputKind
 from .prompts import Prompt, PromptInput, parse_prompt
@@ -185,7 +185,9 @@ class AsyncLLM:
         return default_sampling_params(self.facts.model_path)
 
     def reset_prefix_cache(self) -> None:
-        """As `LLM`'s, before the next step."""
+        """As `LLM`'s, before the next step; ValueError in stages that keep no prefixes."""
+        if not self.facts.keeps_prefixes:
+            raise no_prefixes(self._llm_class)
         self._client.send(ResetPrefixCache())
 
     def abort_prompts(self, prompts: Sequence[PromptState]) -> None:
@@ -260,7 +262,8 @@ class AsyncLLM:
 
     def _on_accepted(self, prompt_id: str) -> None:
         self._answer(prompt_id, None)
-        requests = self._submitted.pop(prompt_id)
+        # Whoever was taken back before the engine answered has no end that could be told.
+        requests = [r for r in self._submitted.pop(prompt_id) if r.request_id in self._streams]
         for observer in self._observers:
             observer.on_added(requests)
 

@@ -27,6 +27,8 @@ class CoreFacts(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag=
     eos_token_ids: frozenset[int]
     seed: int
     scheduling_policy: str
+    keeps_prefixes: bool
+    """Whether `ResetPrefixCache` is for this engine."""
     engine_config: dict[str, str]
     """Every field of the stage's EngineConfig, as text."""
 

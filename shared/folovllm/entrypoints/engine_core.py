@@ -222,6 +222,7 @@ def _facts(llm: LLM) -> CoreFacts:
     return CoreFacts(
         model_path=str(llm.model_path),
         tokenizer_path=None if llm.tokenizer is None else llm.tokenizer.path,
+        keeps_prefixes=hasattr(llm.engine, "reset_prefix_cache"),
         engine_config=_as_text(getattr(llm.engine, "config", None)),
         **llm.request_settings,
     )

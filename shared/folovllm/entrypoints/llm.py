@@ -220,10 +220,7 @@ class LLM:
         on, and is found again by those who come later. ValueError in stages that keep no prefixes.
         """
         if not hasattr(self.engine, "reset_prefix_cache"):
-            raise ValueError(
-                f"{self.engine_class.__module__} keeps no prefixes that could be forgotten; "
-                f"m6_prefix and the stages after it do"
-            )
+            raise no_prefixes(type(self))
         self._shared.reset_prefix_cache()
         return True
 
@@ -313,3 +310,11 @@ def _load_tokenizer(model: str | Path, tokenizer: str | Path | None) -> Tokenize
         return Tokenizer(tokenizer)
     has_tokenizer = any((Path(model) / name).is_file() for name in _TOKENIZER_FILES)
     return Tokenizer(model) if has_tokenizer else None
+
+
+def no_prefixes(llm_class: type[LLM]) -> ValueError:
+    """What is said where a stage is asked to forget prefixes that it does not keep."""
+    return ValueError(
+        f"{llm_class.engine_class.__module__} keeps no prefixes that could be forgotten; "
+        f"m6_prefix and the stages after it do"
+    )
