@@ -91,27 +91,21 @@ def _nibbles(words, shift: tl.constexpr, zeros):
 
 
 @triton.jit
-def _pairs(words, shift: tl.constexpr, low_zeros, high_zeros, DTYPE: tl.constexpr):
-    """Nibbles `shift` and `shift + 16` less their zero points, as the 16-bit halves of a word.
+def _pairs(words, SHIFT: tl.constexpr, low_zeros, high_zeros, DTYPE: tl.constexpr):
+    """The nibbles from bits SHIFT and SHIFT + 16 on, less their zero points: int32 of the shape of
+    words, whose lower and upper half are one number of DTYPE each.
 
-    The float 128 (bfloat16) or 1024 (float16) plus q has q in its last bits, and one instruction
-    subtracts two of them: a third of what two float32 take.
+    128 + q in bfloat16, 1024 + q in float16, has q in its last bits; one instruction subtracts two.
     """
-    if tl.bfloat16 == DTYPE:
-        zeros = (low_zeros | 0x4300) | ((high_zeros | 0x4300) << 16)
-        return tl.inline_asm_elementwise(
-            "sub.rn.bf16x2 $0, $1, $2;",
-            "=r,r,r",
-            [((words >> shift) & 0x000F000F) | 0x43004300, zeros],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    zeros = (low_zeros | 0x6400) | ((high_zeros | 0x6400) << 16)
+    IS_BFLOAT16: tl.constexpr = tl.bfloat16 == DTYPE
+    BASE: tl.constexpr = 0x4300 if IS_BFLOAT16 else 0x6400
+    KIND: tl.constexpr = "bf16x2" if IS_BFLOAT16 else "f16x2"
+    zeros = (low_zeros | BASE) | ((high_zeros | BASE) << 16)
+    pairs = ((words >> SHIFT) & 0x000F000F) | (BASE * 0x10001)
     return tl.inline_asm_elementwise(
-        "sub.rn.f16x2 $0, $1, $2;",
+        f"sub.rn.{KIND} $0, $1, $2;",
         "=r,r,r",
-        [((words >> shift) & 0x000F000F) | 0x64006400, zeros],
+        [pairs, zeros],
         dtype=tl.int32,
         is_pure=True,
         pack=1,
@@ -119,8 +113,9 @@ def _pairs(words, shift: tl.constexpr, low_zeros, high_zeros, DTYPE: tl.constexp
 
 
 @triton.jit
-def _half(pairs, shift: tl.constexpr, DTYPE: tl.constexpr):
-    return ((pairs >> shift) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+def _half(pairs, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
+    """The numbers in the lower (SHIFT 0) or upper (16) halves of `_pairs`."""
+    return ((pairs >> SHIFT) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
 
 
 @triton.jit
@@ -316,7 +311,8 @@ class _Tile(NamedTuple):
 
 
 def _row_tile(num_rows: int, x: torch.Tensor) -> _Tile:
-    """What was fastest on an H200 of what was tried without splitting the inputs.
+    """Sizes that fit. On an H200 that for up to 8 rows was the fastest of five that were tried
+    (docs/dev/data/m7_kernels_h200.json); the other one was tried alone.
 
     Activations of eight nibbles lie in shared memory, a run of words long and twice: 32 rows of
     16 bits and 128 words are 131 KB, and twice as many rows are more than there is.

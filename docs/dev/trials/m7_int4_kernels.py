@@ -9,6 +9,7 @@ product of a chain has weights of its own, more than the L2 cache holds.
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -191,8 +192,6 @@ def time_us(launches) -> float:
 
 
 def variants(num_rows: int) -> list[Variant]:
-    if "--stage-only" in sys.argv:
-        return []
     if num_rows <= 16:
         rows = 8 if num_rows <= 8 else 16
         cuts = [(16, 128, 1, 3), (16, 128, 1, 2), (32, 128, 2, 3), (64, 128, 4, 2), (64, 64, 4, 3)]
@@ -204,7 +203,8 @@ def variants(num_rows: int) -> list[Variant]:
     return [Variant(128, *cut, splits) for cut in cuts for splits in (1, 2)]
 
 
-def main(out_file: str) -> None:
+def main(out_file: str, find_variants: Callable[[int], list[Variant]]) -> None:
+    """find_variants: number of rows -> what is tried beside what the stage runs."""
     torch.manual_seed(0)
     results: list[dict[str, object]] = []
     for name, (num_outputs, num_inputs) in SHAPES.items():
@@ -226,7 +226,7 @@ def main(out_file: str) -> None:
             results.append(row | {"variant": "stage", "us": us})
             written = [partial(_written_out, x, w) for w in packed]
             results.append(row | {"variant": "stage, written out", "us": time_us(written)})
-            for variant in variants(num_rows):
+            for variant in find_variants(num_rows):
                 matrices = by_run[variant.run]
                 if num_inputs // (8 * variant.run) < variant.splits:
                     continue
@@ -253,4 +253,4 @@ def main(out_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], (lambda _: []) if "--stage-only" in sys.argv else variants)
