@@ -83,12 +83,16 @@ def test_whoever_leaves_is_aborted_and_slow_readers_get_more_at_once(tokenizer_p
 
 async def check_nobody_counts_whom_the_engine_accepts_too_late(llm, steps):
     """Such a request has no step and no end: whoever had counted it would count it for ever."""
-    leaving = asyncio.create_task(llm.start(["Hello world"], LONG))
-    while not llm.num_unfinished:  # sent, and not answered before this task waits again
-        await asyncio.sleep(0)
-    leaving.cancel()
-    await asyncio.gather(leaving, return_exceptions=True)
-    assert steps.num_added == 0 == llm.num_unfinished
+    os.kill(llm.process_id, signal.SIGSTOP)  # it cannot answer before the request was taken back
+    try:
+        leaving = asyncio.create_task(llm.start(["Hello world"], LONG))
+        while not llm.num_unfinished:
+            await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        assert steps.num_added == 0 == llm.num_unfinished
+    finally:
+        os.kill(llm.process_id, signal.SIGCONT)
     streams = await llm.start(["Hello world"], SHORT)  # its answer comes behind the other one's
     assert steps.num_added == 1
     assert [output.finished async for output in streams[0]][-1]
