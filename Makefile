@@ -57,7 +57,7 @@ quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model doctor test lint format check-stages propagate compare charts microbench \
+.PHONY: help setup model doctor test lint format check-stages propagate compare charts pictures microbench \
     shared-test m0-test compare-test
 
 # ------------------------------------------------------------------------------------------------ verbs
@@ -111,6 +111,9 @@ compare: $(RUNTIME) $(MODEL_FILES) ## run every stage on one workload: gate, tab
 
 charts: $(RUNTIME) ## draw table, charts and report again from the stored results
 	$(RUN) -m compare charts$(EXTRA)
+
+pictures: $(RUNTIME) ## draw the pictures of the notes again
+	$(RUN) -m compare.pictures$(EXTRA)
 
 microbench: $(DEV) ## time the host-side pieces, and how they grow with queue, batch and history
 	$(RUN) -m pytest --benchmark-only$(EXTRA_PYTEST) compare/microbench

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from .memories import cpu_memories, gpu_memories
+
 REQUIRED: Mapping[str, str] = MappingProxyType(
     {
         "torch": "2.11",
@@ -131,10 +133,14 @@ def _device(duration_s: float) -> tuple[Finding, ...]:
         Finding("host memory", _gib(found["memory_bytes"])),
     ]
     if device.type == "cuda":
+        memories = gpu_memories(torch.cuda.get_device_properties(device))
         findings += [
+            *(Finding(name, value) for name, value in memories),
             Finding("GPU memory", _gib(found["gpu_memory_bytes"])),
             Finding("driver", f"{found['driver']}, CUDA {found['cuda']}"),
         ]
+    else:
+        findings += [Finding(name, value) for name, value in cpu_memories()]
     findings += [
         Finding("copy", f"{ceilings.copy_bytes_per_s / 1e9:,.0f} GB/s read + written"),
         Finding("matmul", f"{ceilings.matmul_flops_per_s / 1e12:,.2f} TFLOP/s {ceilings.dtype}"),

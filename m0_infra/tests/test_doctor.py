@@ -1,11 +1,13 @@
 """The doctor tells what is missing and says whether the stages can run."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 
 import m0_infra.doctor as doctor
 from m0_infra.cli import main
+from m0_infra.memories import cpu_memories, gpu_memories
 
 
 @pytest.fixture
@@ -32,6 +34,34 @@ def test_this_machine_can_run_and_is_measured(tmp_path):
     assert {"python", "torch", "device", "host memory"} <= found.keys()
     assert "GB/s" in found["copy"] and "TFLOP/s" in found["matmul"]
     assert set(doctor.OPTIONAL) <= found.keys()
+
+
+def test_memories_of_a_gpu_are_listed_per_multiprocessor_and_in_all():
+    h200 = SimpleNamespace(
+        multi_processor_count=132,
+        warp_size=32,
+        regs_per_multiprocessor=65_536,
+        shared_memory_per_multiprocessor=228 * 1024,
+        L2_cache_size=60 << 20,
+    )
+    assert list(gpu_memories(h200)) == [
+        ("multiprocessors", "132, warps of 32 threads"),
+        ("registers", "256 KiB each, 33 MiB in all"),
+        ("shared memory", "228 KiB each, 29 MiB in all"),
+        ("L2 cache", "60 MiB"),
+    ]
+
+
+def test_caches_of_a_cpu_are_listed_without_those_of_instructions(tmp_path):
+    for index, (level, kind, size) in enumerate(
+        (("1", "Data", "48K"), ("1", "Instruction", "32K"), ("2", "Unified", "2048K"))
+    ):
+        folder = tmp_path / f"index{index}"
+        folder.mkdir()
+        for name, text in (("level", level), ("type", kind), ("size", size)):
+            (folder / name).write_text(f"{text}\n", encoding="utf-8")
+    (tmp_path / "index3").mkdir()  # a cache of which the system tells nothing
+    assert list(cpu_memories(tmp_path)) == [("L1 cache", "48 KiB"), ("L2 cache", "2048 KiB")]
 
 
 def test_missing_model_is_told_with_the_command_and_stops_nobody(tmp_path):

@@ -1,0 +1,71 @@
+"""The pictures of the notes are those that the scripts draw."""
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from compare.pictures.__main__ import FOLDER, PICTURES, draw
+from compare.pictures.axes import log_scale
+from compare.pictures.canvas import Canvas
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_committed_picture_is_what_the_script_draws(name):
+    committed = (ROOT / FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+    assert committed == PICTURES[name]().svg(), "run: make pictures"
+
+
+def test_no_picture_lies_about_that_nobody_draws():
+    assert {path.stem for path in (ROOT / FOLDER).glob("*.svg")} == set(PICTURES)
+
+
+def test_every_picture_is_shown_in_a_note():
+    notes = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs/learn").glob("*.md"))
+    assert [name for name in PICTURES if f"pictures/{name}.svg)" not in notes] == []
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_everything_lies_on_the_paper(name):
+    """Boxes, lines and dots; and texts by a width that letters rarely exceed."""
+    canvas = PICTURES[name]()
+    for element in ElementTree.fromstring(canvas.svg()):
+        for x, y in _corners(element):
+            assert -0.5 <= x <= canvas.width + 0.5, ElementTree.tostring(element)
+            assert -0.5 <= y <= canvas.height + 0.5, ElementTree.tostring(element)
+
+
+def _corners(element):
+    get = element.attrib
+    match element.tag.rpartition("}")[2]:
+        case "text":
+            width = 0.5 * float(get["font-size"]) * len(element.text)
+            start = {"start": 0, "middle": -width / 2, "end": -width}[get["text-anchor"]]
+            x, y = float(get["x"]), float(get["y"])
+            return [(x + start, y - float(get["font-size"])), (x + start + width, y)]
+        case "rect" if "%" not in get["width"]:
+            x, y = float(get["x"]), float(get["y"])
+            return [(x, y), (x + float(get["width"]), y + float(get["height"]))]
+        case "polyline" | "polygon":
+            return [tuple(map(float, pair.split(","))) for pair in get["points"].split()]
+        case "circle":
+            return [(float(get["cx"]), float(get["cy"]))]
+    return []
+
+
+def test_texts_of_a_picture_are_escaped():
+    canvas = Canvas(10, 10, "a < b")
+    canvas.text(1, 9, "a & b")
+    assert "a &amp; b" in canvas.svg() and "<title>a &lt; b</title>" in canvas.svg()
+
+
+def test_logarithmic_scale_gives_every_factor_of_ten_the_same_room():
+    scale = log_scale(1, 100, 0, 200)
+    assert (scale(1), scale(10), scale(100)) == (0, 100, 200)
+
+
+def test_pictures_are_written_where_they_are_asked_for(tmp_path):
+    assert draw(tmp_path) == [tmp_path / f"{name}.svg" for name in PICTURES]
+    assert all(path.stat().st_size > 500 for path in tmp_path.iterdir())
