@@ -88,6 +88,7 @@ def test_snippet_of_the_kernel_prints_what_the_page_says(capsys):
     assert capsys.readouterr().out == "True\n"
 
 
-def test_primer_can_be_read_in_an_hour_and_its_links_lead_somewhere():
-    assert num_words(read("00_primer.md")) <= 5000
-    assert dead_links("00_primer.md") == []
+@pytest.mark.parametrize("page", ["00_primer.md", "01_baseline.md"])
+def test_note_can_be_read_in_an_hour_and_its_links_lead_somewhere(page):
+    assert num_words(read(page)) <= 5000
+    assert dead_links(page) == []
