@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from . import attention, measured
+from . import attention, measured, nibbles, paging, tiles, timelines, trie
 from .canvas import Canvas
 
 FOLDER = Path("docs/learn/pictures")
@@ -18,6 +18,12 @@ PICTURES: Mapping[str, Callable[[], Canvas]] = MappingProxyType(
         "memories": attention.memories,
         "time-per-token": measured.time_per_token,
         "roofline": measured.roofline,
+        "eager-and-graph": timelines.eager_and_graph,
+        "block-tables": paging.block_tables,
+        "tiles": tiles.tiles,
+        "chunks": timelines.chunks,
+        "trie": trie.trie,
+        "nibbles": nibbles.nibbles,
     }
 )
 """What each file without its ending shows."""

@@ -42,7 +42,7 @@ class Axes:
         x_name: str,
         y_name: str,
     ) -> None:
-        """The frame, its ticks with their texts, and what is counted, with its unit."""
+        """The frame, its ticks with their texts, and what is counted, with its unit, or ""."""
         canvas, left, right = self.canvas, self.x.first, self.x.last
         top, bottom = self.y.last, self.y.first
         for value, text in x_ticks:
@@ -52,8 +52,10 @@ class Axes:
             canvas.line([(left, self.y(value)), (right, self.y(value))], RULE, 0.7)
             canvas.text(left - 7, self.y(value) + 4, text, _tick("end"))
         canvas.line([(left, top), (left, bottom), (right, bottom)], INK, 1.2)
-        canvas.text((left + right) / 2, bottom + 38, x_name, Font(size=12, anchor="middle"))
-        canvas.text(left, top - 12, y_name, Font(size=12))
+        if x_name:
+            canvas.text((left + right) / 2, bottom + 38, x_name, Font(size=12, anchor="middle"))
+        if y_name:
+            canvas.text(left, top - 12, y_name, Font(size=12))
 
     def curve(self, points: Sequence[tuple[float, float]], colour: str, width: float = 2) -> None:
         self.canvas.line([self.at(x, y) for x, y in points], colour, width)
