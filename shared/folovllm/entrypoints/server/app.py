@@ -30,7 +30,7 @@ _CLIENT_GONE = 499
 def make_app(service: Service, metrics: EngineMetrics, settings: ServerSettings) -> FastAPI:
     """The application; nothing of it is logged but what fails."""
     app = FastAPI(title="FoloVLLM", docs_url=None, redoc_url=None, openapi_url=None)
-    doors = _Doors(settings)
+    doors = Doors(settings)
     created = int(time.time())
 
     async def complete(request: Request) -> Response:
@@ -70,12 +70,12 @@ def make_app(service: Service, metrics: EngineMetrics, settings: ServerSettings)
     gets = {"/v1/models": models, "/health": health, "/version": version, "/metrics": scrape}
     for method, handlers in (("POST", posts), ("GET", gets)):
         for path, handler in handlers.items():
-            app.add_route(path, _answering(handler), methods=[method])
-    app.add_exception_handler(HTTPException, _refuse)
+            app.add_route(path, answering(handler), methods=[method])
+    app.add_exception_handler(HTTPException, refuse)
     return app
 
 
-class _Doors:
+class Doors:
     """Who may come in, and with how much."""
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -133,7 +133,7 @@ def _has_messages(raw: bytes) -> bool:
     return isinstance(content, dict) and "messages" in content
 
 
-def _answering(handler: Handler) -> Handler:
+def answering(handler: Handler) -> Handler:
     """With every error in OpenAI's form."""
 
     async def answer(request: Request) -> Response:
@@ -149,7 +149,7 @@ def _answering(handler: Handler) -> Handler:
     return answer
 
 
-async def _refuse(request: Request, error: Exception) -> Response:
+async def refuse(request: Request, error: Exception) -> Response:
     """A path or a method that there is not."""
     assert isinstance(error, HTTPException)
     return ApiError(error.status_code, str(error.detail)).response()

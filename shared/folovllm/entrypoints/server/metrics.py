@@ -32,9 +32,10 @@ class EngineMetrics:
     Times are those at which the engine had the tokens, and arrivals those in front of it.
     """
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, engine: str = "0") -> None:
+        """engine: which of several it is; both are labels."""
         self._registry = CollectorRegistry()
-        self._labels = {"model_name": model_name, "engine": "0"}
+        self._labels = {"model_name": model_name, "engine": engine}
         self._times: dict[str, _Times] = {}
         gauge, counter, histogram = self._gauge, self._counter, self._histogram
         self._running = gauge("num_requests_running", "Requests that hold KV cache.")

@@ -4,10 +4,10 @@ import asyncio
 import importlib.util
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import uvicorn
 
@@ -19,6 +19,7 @@ from .metrics import EngineMetrics
 from .service import Service
 from .settings import ServerSettings
 
+Result = TypeVar("Result")
 EXIT_ENGINE_DIED = 1
 _LAST_ANSWERS_S = 5
 """How long clients may take to read what was sent to them before the end."""
@@ -33,14 +34,19 @@ def run_server(
     does not wait for them. OSError if the address is in use, before anything is loaded; ValueError
     as from `LLM`.
     """
-    listener = _listen(settings)
+    listener = listen(settings)
+    return run_in_loop(_serve(llm_class, model, llm_options, settings, listener))
+
+
+def run_in_loop(work: Coroutine[Any, Any, Result]) -> Result:
+    """In an event loop of uvloop's, where that is installed."""
     factory = None
     if importlib.util.find_spec("uvloop") is not None:
         import uvloop
 
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(_serve(llm_class, model, llm_options, settings, listener))
+        return runner.run(work)
 
 
 async def _serve(
@@ -50,7 +56,7 @@ async def _serve(
     settings: ServerSettings,
     listener: socket.socket,
 ) -> int:
-    name = settings.served_model_name or _short_name(model or str(DEFAULT_MODEL))
+    name = served_name(model, settings)
     metrics = EngineMetrics(name)
     llm = AsyncLLM(
         llm_class,
@@ -60,30 +66,55 @@ async def _serve(
         **llm_options,
     )
     async with llm:
-        service = Service(llm, name, settings, _defaults(llm, settings))
+        service = make_service(llm, name, settings)
         app = make_app(service, metrics, settings)
-        config = uvicorn.Config(
-            app,
-            lifespan="off",
-            access_log=False,
-            log_level="warning",
-            timeout_graceful_shutdown=_LAST_ANSWERS_S,
-        )
-        ending = asyncio.Event()
-        server = _Server(config, ending.set)
-        tasks = [
-            asyncio.create_task(_end_with_engine(llm, server)),
-            asyncio.create_task(_drain(service, server, ending, settings.drain_timeout_s)),
-        ]
-        host, port = listener.getsockname()[:2]
-        print(f"Serving {name} at http://{host}:{port} (Ctrl-C ends it)", flush=True)
-        await server.serve(sockets=[listener])
-        for task in tasks:
-            task.cancel()
+        await serve_until_told(app, service, name, settings, listener, llm.died)
         has_died = llm.died.is_set()
     if has_died:
         print(f"error: {llm.death}", file=sys.stderr)
     return EXIT_ENGINE_DIED if has_died else 0
+
+
+class Calls(Protocol):
+    """What is under way behind an application."""
+
+    is_draining: bool
+    num_calls: int
+
+
+async def serve_until_told(
+    app: Any,
+    calls: Calls,
+    name: str,
+    settings: ServerSettings,
+    listener: socket.socket,
+    died: asyncio.Event,
+) -> None:
+    """Serve an ASGI application until a signal, and the calls under way then; or until `died`.
+
+    name: of the model, for the line that says where it is served.
+    """
+    ending = asyncio.Event()
+    server = _Server(server_config(app), ending.set)
+    tasks = [
+        asyncio.create_task(_end_when(died, server)),
+        asyncio.create_task(_drain(calls, server, ending, settings.drain_timeout_s)),
+    ]
+    host, port = listener.getsockname()[:2]
+    print(f"Serving {name} at http://{host}:{port} (Ctrl-C ends it)", flush=True)
+    await server.serve(sockets=[listener])
+    for task in tasks:
+        task.cancel()
+
+
+def server_config(app: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        lifespan="off",
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=_LAST_ANSWERS_S,
+    )
 
 
 class _Server(uvicorn.Server):
@@ -103,22 +134,23 @@ class _Server(uvicorn.Server):
 
 
 async def _drain(
-    service: Service, server: uvicorn.Server, ending: asyncio.Event, timeout_s: float
+    calls: Calls, server: uvicorn.Server, ending: asyncio.Event, timeout_s: float
 ) -> None:
     await ending.wait()
-    service.is_draining = True
+    calls.is_draining = True
     deadline = asyncio.get_running_loop().time() + timeout_s
-    while service.num_calls and asyncio.get_running_loop().time() < deadline:
+    while calls.num_calls and asyncio.get_running_loop().time() < deadline:
         await asyncio.sleep(0.05)
     server.should_exit = True
 
 
-async def _end_with_engine(llm: AsyncLLM, server: uvicorn.Server) -> None:
-    await llm.died.wait()
+async def _end_when(died: asyncio.Event, server: uvicorn.Server) -> None:
+    await died.wait()
     server.should_exit = True
 
 
-def _listen(settings: ServerSettings) -> socket.socket:
+def listen(settings: ServerSettings) -> socket.socket:
+    """Bound, so that the address is taken; OSError if it is already."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -133,11 +165,16 @@ def _listen(settings: ServerSettings) -> socket.socket:
     return listener
 
 
-def _short_name(model: str) -> str:
+def served_name(model: str | None, settings: ServerSettings) -> str:
     """A directory's last part; a Hub id, or a preset, as it is."""
+    if settings.served_model_name is not None:
+        return settings.served_model_name
+    model = model or str(DEFAULT_MODEL)
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def _defaults(llm: AsyncLLM, settings: ServerSettings) -> SamplingParams:
+def make_service(llm: AsyncLLM, name: str, settings: ServerSettings) -> Service:
+    """name: what clients call the model."""
     is_auto = settings.generation_config == "auto"
-    return llm.get_default_sampling_params() if is_auto else SamplingParams()
+    defaults = llm.get_default_sampling_params() if is_auto else SamplingParams()
+    return Service(llm, name, settings, defaults)

@@ -1,0 +1,1 @@
+"""Several engines under Ray Serve behind one address; needs the extras `serve` and `ray`."""
