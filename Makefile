@@ -15,6 +15,8 @@ TORCH_INDEX ?=
 MODEL ?=
 PROMPT ?= What is the capital of France?
 WORKLOAD ?= fixed:batch=4,input=64,output=32
+# Engines of a server; with more than one, Ray is installed and runs them.
+REPLICAS ?= 1
 # Folder that a quantised model is written to.
 OUTPUT ?= build/quantised
 # Further arguments for the command that a verb runs, and for pytest.
@@ -36,6 +38,7 @@ ifdef NO_VENV
   RUNTIME :=
   DEV :=
   SERVE :=
+  RAY :=
 else
   PY := $(VENV)/bin/python
   # Python alone: what compares files needs no package.
@@ -43,12 +46,14 @@ else
   RUNTIME := $(VENV)/.stamp-runtime
   DEV := $(VENV)/.stamp-dev
   SERVE := $(VENV)/.stamp-serve
+  RAY := $(VENV)/.stamp-ray
 endif
 RUN := PYTHONPATH=.:shared $(PY)
 MODEL_FILES := $(if $(MODEL),,$(EMBEDDED))
 # With a space in front where there is something, so that the printed commands have no gaps.
 space := $(subst ,, )
 MODEL_OPTION := $(if $(MODEL),$(space)--model $(MODEL))
+REPLICAS_OPTION := $(if $(filter-out 1,$(REPLICAS)),$(space)--replicas $(REPLICAS))
 EXTRA = $(if $(ARGS),$(space)$(ARGS))
 EXTRA_PYTEST = $(if $(PYTEST_ARGS),$(space)$(PYTEST_ARGS))
 
@@ -58,7 +63,7 @@ quote = '$(subst ','\'',$(1))'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup model doctor test lint format check-stages propagate compare charts pictures microbench \
-    shared-test m0-test compare-test
+    shared-test m0-test compare-test ray-test
 
 # ------------------------------------------------------------------------------------------------ verbs
 help: ## list the verbs
@@ -69,7 +74,8 @@ help: ## list the verbs
 	@echo '  Stages here: $(SHORT_NAMES). For each of them, as for $(LAST):'
 	@echo '  $(LAST)             answer a prompt (PROMPT="…", MODEL=…, ARGS=…)'
 	@echo '  $(LAST)-chat        talk with the model (MODEL=…, ARGS=…)'
-	@echo '  $(LAST)-serve       answer the API of OpenAI at http://127.0.0.1:8000 (MODEL=…, ARGS="--port 8001")'
+	@echo '  $(LAST)-serve       answer the API of OpenAI at http://127.0.0.1:8000 (MODEL=…, ARGS="--port 8001",'
+	@echo '                 REPLICAS=2 for two engines behind the address, under Ray)'
 	@echo '  $(LAST)-bench       measure one run on a workload (WORKLOAD="$(WORKLOAD)", MODEL=…, ARGS=…)'
 	@echo '  $(LAST)-compare     measure it beside the stage before it, on the workload that shows its idea: a sentence and'
 	@echo '                 a chart within two minutes (MODEL=…, ARGS=…; from m2 on)'
@@ -124,6 +130,9 @@ shared-test: $(DEV) ## run the tests of the package folovllm
 m0-test: $(DEV) ## run the tests of m0_infra
 	$(RUN) -m pytest$(EXTRA_PYTEST) m0_infra
 
+ray-test: $(DEV) $(RAY) ## run the tests of several replicas, which start a Ray cluster
+	$(RUN) -m pytest -m ray$(EXTRA_PYTEST) shared
+
 compare-test: $(DEV) ## run the tests of compare
 	$(RUN) -m pytest$(EXTRA_PYTEST) compare
 
@@ -137,8 +146,8 @@ $(1): $$(RUNTIME) $$(MODEL_FILES)
 $(1)-chat: $$(RUNTIME) $$(MODEL_FILES)
 	$$(RUN) -m $(2) chat$$(MODEL_OPTION)$$(EXTRA)
 
-$(1)-serve: $$(SERVE) $$(MODEL_FILES)
-	$$(RUN) -m $(2) serve$$(MODEL_OPTION)$$(EXTRA)
+$(1)-serve: $$(SERVE) $$(if $$(REPLICAS_OPTION),$$(RAY)) $$(MODEL_FILES)
+	$$(RUN) -m $(2) serve$$(MODEL_OPTION)$$(REPLICAS_OPTION)$$(EXTRA)
 
 $(1)-bench: $$(RUNTIME) $$(MODEL_FILES)
 	$$(RUN) -m $(2) bench$$(MODEL_OPTION) --workload $$(call quote,$$(value WORKLOAD)) \
@@ -194,6 +203,10 @@ $(VENV)/.stamp-serve: $(VENV)/.stamp-runtime requirements-serve.txt
 	$(PY) -m pip install -c constraints.txt -r requirements-serve.txt
 	@touch $@
 
+$(VENV)/.stamp-ray: $(VENV)/.stamp-serve requirements-ray.txt
+	$(PY) -m pip install -c constraints.txt -r requirements-ray.txt
+	@touch $@
+
 $(VENV)/.stamp-dev: $(VENV)/.stamp-runtime requirements-dev.txt requirements-serve.txt
 	$(PY) -m pip install -c constraints.txt -r requirements-dev.txt
 	@touch $@
@@ -202,7 +215,7 @@ $(EMBEDDED): | $(RUNTIME)
 	$(RUN) -m m0_infra fetch
 
 # Without a rule of their own, `make -B` would take them for unknown verbs.
-Makefile constraints.txt requirements.txt requirements-serve.txt requirements-dev.txt: ;
+Makefile constraints.txt requirements.txt requirements-serve.txt requirements-ray.txt requirements-dev.txt: ;
 
 .DEFAULT:
 	@echo "error: '$@' is no verb and no file that can be made; stages here: $(SHORT_NAMES). 'make help' lists the verbs." >&2; exit 2

@@ -168,9 +168,10 @@ def test_requirements_are_the_union_of_what_the_packages_declare():
     assert third_party == set(read_requirements("requirements.txt"))
 
 
-def test_requirements_of_the_server_are_the_extra_that_it_needs():
-    extra = read_project("folovllm")["optional-dependencies"]["serve"]
-    assert extra == read_requirements("requirements-serve.txt")
+def test_requirements_of_the_server_are_the_extras_that_it_needs():
+    extras = read_project("folovllm")["optional-dependencies"]
+    for extra in ("serve", "ray"):
+        assert extras[extra] == read_requirements(f"requirements-{extra}.txt")
 
 
 def test_pinned_versions_satisfy_the_declared_ranges():

@@ -27,7 +27,8 @@ class ReplicaSettings:
     def __post_init__(self) -> None:
         check_field_types(self)
         require_int("replicas", self.replicas, 1)
-        given = [name for name in ("routing", "max_load_gap", "ray_address") if getattr(self, name)]
+        names = ("routing", "max_load_gap", "ray_address")
+        given = [name for name in names if getattr(self, name) is not None]
         if self.replicas == 1 and given:
             raise ValueError(f"{given[0]} has no effect with one replica; give replicas=2 or more")
         if self.routing not in (None, *ROUTINGS):

@@ -106,9 +106,7 @@ class Forwarder:
                 call.method,
                 f"http://{address}{call.target}",
                 data=call.body,
-                headers=[
-                    (n.decode("latin-1"), v.decode("latin-1")) for n, v in _kept(call.headers)
-                ],
+                headers=[(n.decode(_HEADERS), v.decode(_HEADERS)) for n, v in _kept(call.headers)],
                 allow_redirects=False,
             )
             held.callback(answer.close)  # of no effect behind the end; before it the replica hears

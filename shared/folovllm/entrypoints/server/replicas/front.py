@@ -1,12 +1,10 @@
 """The one address of several replicas: takes calls in, has one chosen for each, passes it on."""
 
 import asyncio
-from collections.abc import Iterable
 
 from fastapi import Request, Response
-from prometheus_client import CollectorRegistry, Metric, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,6 +14,7 @@ from ..app import Doors, answering, refuse
 from ..errors import ApiError
 from ..settings import ServerSettings
 from .forwarding import Call, Forwarder, Relayed
+from .merged_metrics import merge_metrics
 from .prefix_routing import prefix_pieces
 
 _GENERATING = ("/v1/completions", "/v1/chat/completions")
@@ -61,7 +60,7 @@ class Front:
             texts = await broadcast.results_async(
                 timeout_s=_METRICS_TIMEOUT_S, return_exceptions=True
             )
-        except TimeoutError:
+        except (TimeoutError, RayError, RayServeException):
             raise ApiError(503, "the replicas do not answer", kind="server_error") from None
         content = merge_metrics(text.decode() for text in texts if isinstance(text, bytes))
         return Response(content, media_type="text/plain; version=0.0.4")
@@ -85,26 +84,3 @@ class Front:
 
     def _end_call(self) -> None:
         self.num_calls -= 1
-
-
-def merge_metrics(texts: Iterable[str]) -> bytes:
-    """One text for Prometheus of several, whose labels tell their samples apart."""
-    families: dict[str, Metric] = {}
-    for text in texts:
-        for family in text_string_to_metric_families(text):
-            known = families.setdefault(family.name, family)
-            if known is not family:
-                known.samples += family.samples
-    registry = CollectorRegistry()
-    registry.register(_Collected(families.values()))
-    return generate_latest(registry)
-
-
-class _Collected(Collector):
-    """Families that were collected before."""
-
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families

@@ -61,7 +61,8 @@ class EngineReplica:
         listener = listen(replace(settings, host=host or get_node_ip_address(), port=0))
         app = make_app(make_service(self._llm, name, settings), self._metrics, settings)
         server = uvicorn.Server(server_config(app))
-        self._address = "{}:{}".format(*listener.getsockname()[:2])
+        host, port = listener.getsockname()[:2]
+        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._tasks = [
             asyncio.create_task(server.serve(sockets=[listener])),
             asyncio.create_task(self._end_with_engine()),
