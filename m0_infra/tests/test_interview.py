@@ -1,4 +1,4 @@
-"""The interview questions: how many there are, how long answers are, where links lead."""
+"""Interview questions: how many, how long the answers, where links lead; and what was promised."""
 
 import re
 
@@ -40,3 +40,9 @@ def test_every_topic_of_the_plan_has_its_answer():
     table = re.findall(r"^\| .*\[question (\d+)\]\(#(\d+)-", read(PAGE), re.M)
     assert len(table) == 10
     assert all(number == anchor for number, anchor in table)
+
+
+def test_every_promise_names_a_folder_or_file_that_is_there():
+    assert dead_links("../promised.md") == []
+    rows = re.findall(r"^\| .* \|$", read("../promised.md"), re.M)
+    assert len(rows) >= 20
