@@ -285,7 +285,8 @@ class AsyncLLM:
             stream = self._streams.get(token.request_id)
             if stream is not None:
                 stream.notify()
-        self._forget(t.request_id for t in step.tokens if t.finish_reason is not None)
+                if token.finish_reason is not None:
+                    self._forget((token.request_id,))
         stopped = processed.stopped_request_ids
         if stopped:
             self._forget(stopped)
@@ -324,4 +325,4 @@ class AsyncLLM:
             if not answer.done():
                 answer.set_exception(EngineDeadError(reason))
         for stream in list(self._streams.values()):
-            stream.notify()
+            stream.wake()

@@ -89,12 +89,14 @@ class CompletionState:
     def _text(self) -> str:
         if not self._is_text_complete:
             self._decode()
-        return "".join(self._text_parts)
+        parts = self._text_parts
+        return parts[0] if len(parts) == 1 else "".join(parts)
 
     def _output(self, text: str, first: int) -> CompletionOutput:
         """With the tokens from `first` on."""
         with_logprobs = self.request.sampling_params.logprobs is not None
-        self._describe_logprobs()
+        if with_logprobs:
+            self._describe_logprobs()
         return CompletionOutput(
             index=self._index,
             text=text,
@@ -166,6 +168,11 @@ class PromptState:
     def finished(self) -> bool:
         return all(completion.finish_reason is not None for completion in self.completions)
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt that the engine had not to compute."""
+        return self.completions[0].request.num_cached_tokens or 0
+
     def record_token(self, now: float) -> None:
         """Note that a completion got a token at this time, in seconds."""
         self.num_output_tokens += 1
@@ -192,11 +199,15 @@ class PromptState:
 
         The list of the prompt's tokens is no copy; its log-probabilities come once.
         """
-        deltas = [completion.take_delta() for completion in self.completions]
-        outputs = [delta for delta in deltas if delta is not None]
+        outputs = self.take_deltas()
         new = self.completions[0].describe_prompt() if self._prompt_logprobs is None else None
         self._prompt_logprobs = self._prompt_logprobs or new
         return self._output(outputs, self._prompt.token_ids, new)
+
+    def take_deltas(self) -> list[CompletionOutput]:
+        """The part of `take_delta` that says what is new of the completions."""
+        deltas = [completion.take_delta() for completion in self.completions]
+        return [delta for delta in deltas if delta is not None]
 
     def _output(
         self,
@@ -213,7 +224,7 @@ class PromptState:
             metrics=RequestMetrics(
                 self._arrival_time, self._first_token_time, self._last_token_time
             ),
-            num_cached_tokens=self.completions[0].request.num_cached_tokens or 0,
+            num_cached_tokens=self.num_cached_tokens,
             prompt_logprobs=prompt_logprobs,
         )
 

@@ -73,9 +73,7 @@ class IncrementalDetokenizer:
                 f"the request should have been aborted"
             )
         self._num_tokens += 1
-        if token_id in self._skipped_ids:
-            return ""
-        text = self._utf8.decode(self._next_bytes(token_id))
+        text = self._decode_one(token_id)
         return self._search_and_emit(text) if text else ""
 
     def extend(self, token_ids: Sequence[int]) -> str:
@@ -87,6 +85,8 @@ class IncrementalDetokenizer:
         """
         if self._stops:
             raise RuntimeError(f"tokens are searched for {self._stops} one at a time: use append")
+        if len(token_ids) == 1:  # a stream that is read as it comes
+            return self._decode_one(token_ids[0])
         shown = (token_id for token_id in token_ids if token_id not in self._skipped_ids)
         pieces = []
         if self._starts_text or self._prompt_tail:
@@ -96,6 +96,13 @@ class IncrementalDetokenizer:
                     break
         pieces += map(self._tokenizer.token_bytes, shown)
         return self._utf8.decode(b"".join(pieces))
+
+    def _decode_one(self, token_id: int) -> str:
+        if token_id in self._skipped_ids:
+            return ""
+        if self._starts_text or self._prompt_tail:
+            return self._utf8.decode(self._next_bytes(token_id))
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
         """Return what was held back; a character that stayed unfinished becomes U+FFFD.

@@ -3,12 +3,13 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
 from ..async_stream import AsyncOutputStream
+from ..output_processor import PromptState
 from ..outputs import CompletionOutput, Logprob, RequestOutput
 from .errors import ApiError
 from .event_stream import DONE
@@ -31,7 +32,7 @@ class Shape(Protocol):
     def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Any:
         """A finished completion."""
 
-    def opening(self, index: int, prompt: RequestOutput) -> Any | None:
+    def opening(self, index: int) -> Any | None:
         """The choice of a first chunk, which comes with the first token; None where none does."""
 
     def delta(self, index: int, completion: CompletionOutput) -> Any:
@@ -50,7 +51,7 @@ class Answer:
             "created": int(time.time()),
             "model": model,
         }
-        self._usage = Usage(len(streams))
+        self._usage = Usage()
 
     def close(self) -> None:
         for stream in self._streams:
@@ -64,61 +65,118 @@ class Answer:
             for completion in output.outputs:
                 choice = self._shape.choice(number * self._n + completion.index, output, completion)
                 choices.append(choice)
-            self._usage.count(number, output)
+            self._usage.count(self._streams[number].prompt, output.outputs)
         body = {**self._head, "object": self._shape.whole, "choices": choices}
         return msgspec.json.encode({**body, "usage": self._usage.to_dict()})
 
-    async def chunks(self, options: StreamOptions | None) -> AsyncIterator[bytes]:
-        """Events of streams of deltas; an engine that dies on the way is the last of them."""
+    def stream(self, options: StreamOptions | None) -> "ChunkedAnswer":
+        """The answer of streams of deltas, in events."""
         head = {**self._head, "object": self._shape.part}
-        is_counted = options is not None and bool(options.continuous_usage_stats)
-        opened: set[int] = set()
-        if options is not None and options.include_usage:
-            head["usage"] = None
-        try:
-            async for number, output in _merge(self._streams):
-                self._usage.count(number, output)
-                for choice in self._choices(number, output, opened):
-                    usage = {"usage": self._usage.to_dict()} if is_counted else {}
-                    yield _event({**head, "choices": [choice], **usage})
-        except RuntimeError as error:
-            yield b"data: " + ApiError(500, str(error), kind="server_error").body() + b"\n\n"
-        else:
-            if options is not None and options.include_usage:
-                yield _event({**head, "choices": [], "usage": self._usage.to_dict()})
-        yield DONE
+        return ChunkedAnswer(self._shape, self._streams, self._n, head, options)
 
-    def _choices(self, number: int, output: RequestOutput, opened: set[int]) -> list[Any]:
-        choices = []
-        for completion in output.outputs:
-            index = number * self._n + completion.index
-            if index not in opened:
-                opened.add(index)
-                choices.append(self._shape.opening(index, output))
-            choices.append(self._shape.delta(index, completion))
-        return [choice for choice in choices if choice is not None]
+
+class ChunkedAnswer:
+    """An answer in chunks, as events; an engine that dies on the way is the last one's error."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        streams: Sequence[AsyncOutputStream],
+        n: int,
+        head: dict[str, Any],
+        options: StreamOptions | None,
+    ) -> None:
+        """head: what all chunks have in common."""
+        self._shape = shape
+        self._streams = streams
+        self._n = n
+        self._usage = Usage()
+        self._format = _ChunkFormat(head, options, self._usage)
+        self._opened: set[int] = set()
+        self.is_finished = False
+
+    def ring_with(self, ring: Callable[[], None]) -> None:
+        for stream in self._streams:
+            stream.ring_with(ring)
+
+    def take_events(self) -> bytes:
+        """Of all that is new, prompt by prompt; b"" if nothing is."""
+        events: list[bytes] = []
+        is_finished = True
+        try:
+            for number, stream in enumerate(self._streams):
+                deltas = stream.take_deltas()
+                if deltas:
+                    self._usage.count(stream.prompt, deltas)
+                    for completion in deltas:
+                        self._write(events, number * self._n + completion.index, completion)
+                is_finished = is_finished and stream.is_closed
+        except RuntimeError as error:
+            events.append(_event(ApiError(500, str(error), kind="server_error").body()))
+            is_finished = True
+        else:
+            if is_finished:
+                events.append(self._format.last())
+        if is_finished:
+            self.is_finished = True
+            events.append(DONE)
+        return b"".join(events)
+
+    def _write(self, events: list[bytes], index: int, completion: CompletionOutput) -> None:
+        if index not in self._opened:
+            self._opened.add(index)
+            opening = self._shape.opening(index)
+            if opening is not None:
+                events.append(self._format.chunk(opening))
+        events.append(self._format.chunk(self._shape.delta(index, completion)))
 
 
 class Usage:
     """Tokens of a call so far; a prompt counts once, however many completions it has."""
 
-    def __init__(self, num_prompts: int) -> None:
-        self._prompts: list[RequestOutput | None] = [None] * num_prompts
+    def __init__(self) -> None:
+        self._prompts: dict[str, PromptState] = {}
         self._num_completion_tokens = 0
 
-    def count(self, number: int, output: RequestOutput) -> None:
-        self._prompts[number] = output
-        self._num_completion_tokens += sum(len(c.token_ids) for c in output.outputs)
+    def count(self, prompt: PromptState, outputs: Sequence[CompletionOutput]) -> None:
+        self._prompts[prompt.request_id] = prompt
+        for completion in outputs:
+            self._num_completion_tokens += len(completion.token_ids)
 
     def to_dict(self) -> dict[str, Any]:
-        seen = [output for output in self._prompts if output is not None]
-        num_prompt_tokens = sum(len(output.prompt_token_ids) for output in seen)
+        seen = self._prompts.values()
+        num_prompt_tokens = sum(prompt.num_prompt_tokens for prompt in seen)
         return {
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": self._num_completion_tokens,
             "total_tokens": num_prompt_tokens + self._num_completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(o.num_cached_tokens for o in seen)},
+            "prompt_tokens_details": {"cached_tokens": sum(p.num_cached_tokens for p in seen)},
         }
+
+
+class _ChunkFormat:
+    """Writes chunks of one answer, of which all but the choice is the same in every one."""
+
+    def __init__(self, head: dict[str, Any], options: StreamOptions | None, usage: Usage) -> None:
+        self._before = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
+        self._usage = usage
+        self._has_last = options is not None and bool(options.include_usage)
+        self._is_counted = options is not None and bool(options.continuous_usage_stats)
+        self._behind = (b'],"usage":null}' if self._has_last else b"]}") + b"\n\n"
+        self._encode = msgspec.json.Encoder().encode
+
+    def chunk(self, choice: Any) -> bytes:
+        if self._is_counted:
+            return self._with_usage(self._encode(choice))
+        return self._before + self._encode(choice) + self._behind
+
+    def last(self) -> bytes:
+        """The chunk of the usage, where it was asked for."""
+        return self._with_usage(b"") if self._has_last else b""
+
+    def _with_usage(self, choice: bytes) -> bytes:
+        usage = self._encode(self._usage.to_dict())
+        return b'%b%b],"usage":%b}\n\n' % (self._before, choice, usage)
 
 
 def finite(logprob: float) -> float:
@@ -149,31 +207,5 @@ async def _last(stream: AsyncOutputStream) -> RequestOutput:
     return await anext(stream)
 
 
-async def _merge(streams: Sequence[AsyncOutputStream]) -> AsyncIterator[tuple[int, RequestOutput]]:
-    """Outputs of all streams as they come, with the stream's number; one of each at a time."""
-    if len(streams) == 1:
-        async for output in streams[0]:
-            yield 0, output
-        return
-    reading: dict[asyncio.Future[RequestOutput | None], int]
-    reading = {asyncio.ensure_future(_next(stream)): n for n, stream in enumerate(streams)}
-    try:
-        while reading:
-            done, _ = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                number, news = reading.pop(task), task.result()
-                if news is not None:
-                    reading[asyncio.ensure_future(_next(streams[number]))] = number
-                    yield number, news
-    finally:
-        for task in reading:
-            task.cancel()
-        await asyncio.gather(*reading, return_exceptions=True)
-
-
-async def _next(stream: AsyncOutputStream) -> RequestOutput | None:
-    return await anext(stream, None)
-
-
-def _event(content: Any) -> bytes:
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+def _event(content: bytes) -> bytes:
+    return b"data: " + content + b"\n\n"

@@ -24,7 +24,7 @@ class ChatShape:
             choice["prompt_logprobs"] = prompt_logprobs(output)
         return choice
 
-    def opening(self, index: int, prompt: RequestOutput) -> Any | None:
+    def opening(self, index: int) -> Any | None:
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 

@@ -29,7 +29,7 @@ class CompletionShape:
             choice["prompt_token_ids"] = output.prompt_token_ids
         return choice
 
-    def opening(self, index: int, prompt: RequestOutput) -> Any | None:
+    def opening(self, index: int) -> Any | None:
         echoed = self._echo(index)
         self._text_lens[index] = len(echoed)
         if not self._prompt_texts:

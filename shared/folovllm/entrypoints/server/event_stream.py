@@ -1,16 +1,31 @@
 """Server-sent events to a client that may go away at any time, or read slowly."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import Response
 
+from .delivery import Delivery, EventSource, Send
+
 Result = TypeVar("Result")
+Application = Callable[[Any, "Receive", Send], Awaitable[None]]
 Receive = Callable[[], Awaitable[Any]]
-Send = Callable[[Any], Awaitable[None]]
 DONE = b"data: [DONE]\n\n"
+
+
+_DIRECT_SEND = "folovllm.direct_send"
+
+
+def with_direct_send(app: Application) -> Application:
+    """Remembers for `EventStream` where answers go to, before anybody wraps it."""
+
+    async def run(scope: Any, receive: Receive, send: Send) -> None:
+        scope[_DIRECT_SEND] = send
+        await app(scope, receive, send)
+
+    return run
 
 
 class ClientGone(Exception):
@@ -18,32 +33,34 @@ class ClientGone(Exception):
 
 
 class EventStream(Response):
-    """Sends what an iterator yields, and cancels it as soon as the client is gone.
+    """Sends the events of a source, and stops as soon as the client is gone.
 
-    Not before the client has taken what was sent is the iterator asked for more: what waits for a
+    Not before the client has taken what was sent is the source asked for more: what waits for a
     slow client waits there, and nobody else waits for it.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
+    def __init__(self, source: EventSource, delivery: Delivery, on_end: Callable[[], None]) -> None:
         """on_end: called when nothing will be asked for any more, whether it began or not."""
         super().__init__(status_code=200, media_type="text/event-stream")
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
-        self._events = events
+        self._source = source
+        self._delivery = delivery
         self._on_end = on_end
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         try:
             with suppress(ClientGone):
-                await while_connected(receive, self._send_all(send))
+                await while_connected(receive, self._send_all(scope, send))
         finally:
             self._on_end()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, scope: Any, send: Send) -> None:
         headers = self.raw_headers
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+        # Past all that stands between the server and the application: it looks at the start only.
+        direct: Send = scope.get(_DIRECT_SEND, send)
+        await self._delivery.deliver(self._source, direct)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from ...request import FinishReason, Request
 from ..core_messages import Step
+from .histogram import BulkHistogram
 
 _MS = (1, 2.5, 5, 10, 20, 40, 60, 80, 100, 150, 200, 300, 400, 500, 750)
 _TTFT = (*(ms / 1000 for ms in _MS), 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -52,7 +53,10 @@ class EngineMetrics:
         )  # fmt: skip
         self._step_tokens = histogram("iteration_tokens_total", "Tokens per step.", _TOKENS)
         self._ttft = histogram("time_to_first_token_seconds", "First token - arrival.", _TTFT)
-        self._itl = histogram("inter_token_latency_seconds", "Between two tokens.", _ITL)
+        self._itl = BulkHistogram(
+            "vllm:inter_token_latency_seconds", "Between two tokens.", self._labels, _ITL,
+            self._registry,
+        )  # fmt: skip
         self._tpot = histogram(
             "request_time_per_output_token_seconds", "(last - first) / (tokens - 1).", _ITL
         )
@@ -84,12 +88,7 @@ class EngineMetrics:
         self._generated.inc(len(step.tokens))
         for start in step.starts:
             self._start(start.request_id, start.queue_time_s)
-        for token in step.tokens:
-            times = self._times.get(token.request_id)
-            if times is not None:
-                self._note_token(times, step.time_s)
-                if token.finish_reason is not None:
-                    self._finish(token.request_id, token.finish_reason)
+        self._note_tokens(step)
 
     def on_stopped(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -110,17 +109,31 @@ class EngineMetrics:
             self._queue.observe(queue_time_s)
             self._prompt_tokens.inc(times.request.num_prompt_tokens)
 
-    def _note_token(self, times: _Times, now: float) -> None:
-        if times.num_tokens:
-            self._itl.observe(now - times.last_s)
-        else:
-            times.first_s = now
-            ttft_s = now - times.request.arrival_time
-            self._ttft.observe(ttft_s)
-            if times.queue_s is not None:
-                self._prefill.observe(ttft_s - times.queue_s)
-        times.num_tokens += 1
-        times.last_s = now
+    def _note_tokens(self, step: Step) -> None:
+        now = step.time_s
+        followers: dict[float, int] = {}
+        """When a token came -> how many of this step's tokens are the next behind one of then."""
+        for token in step.tokens:
+            times = self._times.get(token.request_id)
+            if times is None:
+                continue
+            if times.num_tokens:
+                followers[times.last_s] = followers.get(times.last_s, 0) + 1
+            else:
+                self._note_first(times, now)
+            times.num_tokens += 1
+            times.last_s = now
+            if token.finish_reason is not None:
+                self._finish(token.request_id, token.finish_reason)
+        for last_s, count in followers.items():
+            self._itl.observe(now - last_s, count)
+
+    def _note_first(self, times: _Times, now: float) -> None:
+        times.first_s = now
+        ttft_s = now - times.request.arrival_time
+        self._ttft.observe(ttft_s)
+        if times.queue_s is not None:
+            self._prefill.observe(ttft_s - times.queue_s)
 
     def _finish(self, request_id: str, reason: FinishReason) -> None:
         times = self._times.pop(request_id, None)

@@ -1,6 +1,7 @@
 """The life of a server: from the socket to the last answer."""
 
 import asyncio
+import gc
 import importlib.util
 import socket
 import sys
@@ -15,12 +16,15 @@ from ...sampling_params import SamplingParams
 from ..async_llm import AsyncLLM
 from ..llm import DEFAULT_MODEL, LLM
 from .app import make_app
+from .event_stream import with_direct_send
 from .metrics import EngineMetrics
 from .service import Service
 from .settings import ServerSettings
 
 Result = TypeVar("Result")
 EXIT_ENGINE_DIED = 1
+_BACKLOG = 2048
+"""Connections that may wait to be accepted; uvicorn's own."""
 _LAST_ANSWERS_S = 5
 """How long clients may take to read what was sent to them before the end."""
 
@@ -100,6 +104,7 @@ async def serve_until_told(
         asyncio.create_task(_end_when(died, server)),
         asyncio.create_task(_drain(calls, server, ending, settings.drain_timeout_s)),
     ]
+    open_door(listener)
     host, port = listener.getsockname()[:2]
     print(f"Serving {name} at http://{host}:{port} (Ctrl-C ends it)", flush=True)
     await server.serve(sockets=[listener])
@@ -107,9 +112,17 @@ async def serve_until_told(
         task.cancel()
 
 
+def open_door(listener: socket.socket) -> None:
+    """All is loaded: whoever hears of the address may come at once."""
+    # What is there now stays: looking through it again and again for garbage would stop tokens.
+    gc.collect()
+    gc.freeze()
+    listener.listen(_BACKLOG)
+
+
 def server_config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
-        app,
+        with_direct_send(app),
         lifespan="off",
         access_log=False,
         log_level="warning",

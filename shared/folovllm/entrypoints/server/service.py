@@ -17,6 +17,7 @@ from ..prompts import Prompt, PromptInput, split_prompts
 from .answers import Answer, Shape
 from .chat_shape import ChatShape
 from .completion_shape import CompletionShape
+from .delivery import Delivery
 from .errors import ApiError, invalid_value
 from .event_stream import EventStream, while_connected
 from .protocol import (
@@ -46,6 +47,7 @@ class Service:
         """Calls that generate and have not been answered to the end."""
         self._settings = settings
         self._defaults = defaults
+        self._delivery = Delivery()
 
     async def complete(self, request: Request, body: CompletionBody) -> Response:
         prompts = split_prompts(body.prompt)
@@ -135,9 +137,8 @@ class Service:
             answer = Answer(shape, self.model_name, streams, params.n)
             if body.stream:
                 is_streaming = True
-                return EventStream(
-                    answer.chunks(body.stream_options), lambda: self._end_call(answer)
-                )
+                chunks = answer.stream(body.stream_options)
+                return EventStream(chunks, self._delivery, lambda: self._end_call(answer))
             try:
                 content = await while_connected(request.receive, answer.whole())
             finally:

@@ -15,7 +15,7 @@ from ...async_llm import AsyncLLM
 from ...llm import LLM
 from ..app import make_app
 from ..metrics import EngineMetrics
-from ..run import EXIT_ENGINE_DIED, listen, make_service, server_config
+from ..run import EXIT_ENGINE_DIED, listen, make_service, open_door, server_config
 from ..settings import ServerSettings
 
 
@@ -61,6 +61,7 @@ class EngineReplica:
         listener = listen(replace(settings, host=host or get_node_ip_address(), port=0))
         app = make_app(make_service(self._llm, name, settings), self._metrics, settings)
         server = uvicorn.Server(server_config(app))
+        open_door(listener)
         host, port = listener.getsockname()[:2]
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._tasks = [
