@@ -21,14 +21,24 @@ def linked_terms(note: str) -> list[str]:
     return [target[len(prefix) :] for target in links(read(note)) if target.startswith(prefix)]
 
 
-def test_terms_are_in_alphabetical_order():
-    names = [name.lower() for name in terms()]
+GLOSSARIES = ["glossary.md", "glossary.zh.md"]
+
+
+@pytest.mark.parametrize("glossary", GLOSSARIES)
+def test_terms_are_in_alphabetical_order(glossary):
+    names = [name.lower() for name in terms(glossary)]
     assert names == sorted(names)
 
 
-def test_every_term_says_where_it_is_introduced():
-    assert [name for name, text in terms().items() if not re.search(r"→ \[[^\]]+\]\(", text)] == []
-    assert dead_links("glossary.md") == []
+@pytest.mark.parametrize("glossary", GLOSSARIES)
+def test_every_term_says_where_it_is_introduced(glossary):
+    definitions = terms(glossary).items()
+    assert [name for name, text in definitions if not re.search(r"→ \[[^\]]+\]\(", text)] == []
+    assert dead_links(glossary) == []
+
+
+def test_both_languages_have_the_same_terms():
+    assert list(terms("glossary.zh.md")) == list(terms())
 
 
 def test_every_term_is_linked_from_a_note():

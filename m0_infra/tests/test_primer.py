@@ -52,7 +52,7 @@ def test_loop_with_a_cache_computes_the_prompt_and_then_single_tokens(
     assert computed == [(0, 5), (5, 1), (6, 1)]
 
 
-@pytest.mark.parametrize("page", ["00_primer.md"])
+@pytest.mark.parametrize("page", ["00_primer.md", "00_primer.zh.md"])
 def test_page_shows_the_code_of_its_files(page):
     blocks = shown_code(page)
     assert len(blocks) == 4
@@ -65,7 +65,7 @@ def test_engine_without_a_cache_has_25_lines_of_code():
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
 
 
-@pytest.mark.parametrize("page", ["00_primer.md"])
+@pytest.mark.parametrize("page", ["00_primer.md", "00_primer.zh.md"])
 def test_times_of_the_page_are_those_of_the_data(page):
     path = LEARN.parent / "dev/data/primer_engine_cpu.json"
     report = json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,64 @@
+"""A Chinese page has the headings, tables, code, numbers and links of its English original."""
+
+import re
+
+import pytest
+
+from m0_infra.tests.notes import LEARN, dead_links, links, prose, read
+
+PAGES = sorted(path.name for path in LEARN.glob("*.zh.md"))
+FENCE = re.compile(r"^```.*?^```", re.S | re.M)
+NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)", re.A)
+
+
+def both(page: str) -> tuple[str, str]:
+    return read(page.replace(".zh.md", ".md")), read(page)
+
+
+def headings(text: str) -> list[tuple[str, str]]:
+    """Level and number of each heading."""
+    return re.findall(r"^(#+) ((?:\d+\.)*\d*)", prose(text), re.M)
+
+
+def tables(text: str) -> list[int]:
+    """How many cells each row of each table has."""
+    rows = re.findall(r"^\|.*\|$", prose(text), re.M)
+    return [row.replace(r"\|", "").count("|") for row in rows]
+
+
+def numbers(text: str) -> set[str]:
+    """Numbers of two digits and more, outside of code, links and what is generated."""
+    text = re.sub(r"<!-- compare:.*?:end -->", "", prose(text), flags=re.S)
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)", " ", text)
+    return {number for number in NUMBER.findall(text) if len(number) > 1}
+
+
+def targets(text: str) -> set[str]:
+    return {target.replace(".zh.md", ".md").split("#")[0] for target in links(text)} - {""}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_headings_and_tables_are_those_of_the_original(page):
+    english, chinese = both(page)
+    assert headings(chinese) == headings(english)
+    assert tables(chinese) == tables(english)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_is_that_of_the_original(page):
+    english, chinese = both(page)
+    assert FENCE.findall(chinese) == FENCE.findall(english)
+    assert re.findall(r"^    \S.*$", chinese, re.M) == re.findall(r"^    \S.*$", english, re.M)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_number_of_the_original_is_missing(page):
+    english, chinese = both(page)
+    assert numbers(english) - numbers(chinese) == set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_what_those_of_the_original_lead_to(page):
+    english, chinese = both(page)
+    assert targets(chinese) == targets(english)
+    assert dead_links(page) == []
