@@ -24,7 +24,8 @@ from m7_gptq.gptq import (  # noqa: E402
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 DTYPES = [torch.float16] + ([torch.bfloat16, torch.float32] if HAS_CUDA else [])
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-SHAPES = [(64, 8), (256, 33), (1024, 40), (576, 24)]
+SHAPES = [(64, 8), (256, 33), (2048, 40), (576, 24)]
+"""The third one is split over programs, and 576 inputs are no whole number of groups."""
 
 
 def quantized(num_inputs, num_outputs, **options) -> QuantizedMatrix:
@@ -72,14 +73,19 @@ def test_groups_of_every_size_and_act_order(group_size, desc_act, sym) -> None:
         check(matrix, num_rows, torch.float16)
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 200])
+@pytest.mark.parametrize("num_rows", [1, 3, int4_matmul.MAX_ROWS + 1])
 def test_bias_is_added_and_many_rows_are_left_to_the_library(num_rows) -> None:
-    check(
-        quantized(256, 24, group_size=64),
-        num_rows,
-        torch.float16,
-        bias=draw(24, dtype=torch.float16, seed=3),
-    )
+    bias = draw(24, dtype=torch.float16, seed=3)
+    check(quantized(2048, 24, group_size=64), num_rows, torch.float16, bias)
+
+
+@pytest.mark.parametrize("num_rows", [1, 9, 33, 100])
+def test_programs_that_share_inputs_leave_their_counters_at_zero(num_rows) -> None:
+    packed = int4_matmul.pack_for_kernel(quantized(4096, 16, group_size=128))
+    x = draw(num_rows, 4096, dtype=torch.float16)
+    first = int4_matmul.linear(x, packed, None)
+    assert not packed.num_arrived.any()
+    assert torch.equal(int4_matmul.linear(x, packed, None), first)  # sums have an order
 
 
 @pytest.mark.parametrize("desc_act", [False, True])
@@ -94,7 +100,7 @@ def test_written_out_weights_are_the_dequantised_ones(desc_act) -> None:
 
 
 def test_nibbles_of_a_run_are_inputs_that_follow_each_other() -> None:
-    q = (torch.arange(16) % 16).repeat(4)[None].to(torch.uint8)  # 64 inputs, runs of 8 words
+    q = (torch.arange(16) % 16).repeat(4)[None].to(torch.uint8)  # 64 inputs, runs of 16 words
     matrix = QuantizedMatrix(
         q.to(DEVICE),
         torch.ones(1, 1, device=DEVICE),
@@ -102,9 +108,16 @@ def test_nibbles_of_a_run_are_inputs_that_follow_each_other() -> None:
         torch.zeros(64, dtype=torch.int32, device=DEVICE),
     )
     packed = int4_matmul.pack_for_kernel(matrix)
-    assert packed.run == 8
-    first = int(packed.words[0, 0]) & 0xFFFFFFFF
-    assert [first >> shift & 15 for shift in range(0, 32, 4)] == [0, 8, 0, 8, 0, 8, 0, 8]
+    assert packed.run == 16
+    words = [int(word) & 0xFFFF for word in packed.words[0]]
+    assert [word >> shift & 15 for word in words[:2] for shift in range(0, 16, 4)] == [0] * 4 + [
+        1
+    ] * 4
+
+
+def test_zero_points_are_kept_only_where_they_differ_from_the_middle() -> None:
+    assert int4_matmul.pack_for_kernel(quantized(64, 8, group_size=32)).zeros is None
+    assert int4_matmul.pack_for_kernel(quantized(64, 8, group_size=32, sym=False)).zeros is not None
 
 
 def test_inputs_that_do_not_fill_words_are_refused() -> None:
