@@ -15,6 +15,7 @@ pytest.importorskip("msgspec")
 
 from folovllm.entrypoints.async_llm import AsyncLLM
 from folovllm.entrypoints.async_stream import EngineDeadError, QueueFullError
+from folovllm.entrypoints.core_watchdog import CoreWatchdog
 from folovllm.entrypoints.outputs import RequestOutputKind
 from folovllm.request import SamplingParams
 from folovllm.testing.served_llm import ServedLLM
@@ -215,6 +216,45 @@ def test_mistake_at_start_up_is_raised_and_leaves_no_process(tokenizer_path):
         with pytest.raises(ValueError, match="unknown engine option 'max_num_seq'"):
             async with AsyncLLM(ServedLLM, tokenizer_path, max_num_seq=3):
                 pass
+
+    asyncio.run(run())
+
+
+class Core:
+    """Answers what it is asked, as far as `answers` goes; only then does it go unheard."""
+
+    def __init__(self, answers, is_read):
+        self.answers = answers
+        self.is_read = is_read
+        self.num_asked = 0
+        self.silence = asyncio.Event()
+        self._is_waiting = False
+        self.watchdog = CoreWatchdog(self.ask, self.receive, self.silence.set, 0.01)
+
+    def ask(self):
+        self._is_waiting = self.num_asked < self.answers
+        self.num_asked += 1
+        if self.is_read:
+            self.receive()
+
+    def receive(self):
+        if self._is_waiting:
+            self._is_waiting = False
+            self.watchdog.note_message()
+
+
+@pytest.mark.parametrize("is_read", [True, False], ids=["read", "not read before the time is up"])
+def test_watchdog_speaks_up_when_nothing_comes_and_not_before(is_read):
+    async def run():
+        core = Core(3, is_read)
+        core.watchdog.start()
+        await asyncio.wait_for(core.silence.wait(), 10)
+        assert core.num_asked == 4
+        quiet = Core(0, is_read)
+        quiet.watchdog.start()
+        quiet.watchdog.stop()
+        await asyncio.sleep(0.03)
+        assert not quiet.silence.is_set()
 
     asyncio.run(run())
 

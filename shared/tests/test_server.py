@@ -390,9 +390,16 @@ async def check_queue_and_drain(server, call):
             assert answer.json()["usage"]["completion_tokens"] == 40
 
 
-def test_dead_engine_answers_everybody_and_ends_the_server(tokenizer_path, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--exit-at-step", "40"], "the engine's process ended with status 7"),
+        (["--hang-at-step", "40", "--step-timeout-s", "0.5"], "the engine hangs"),
+    ],
+)
+def test_dead_engine_answers_everybody_and_ends_the_server(tokenizer_path, tmp_path, flags, reason):
     log = tmp_path / "log"
-    server = Served(tokenizer_path, log, "--step-ms", "5", "--exit-at-step", "40")
+    server = Served(tokenizer_path, log, "--step-ms", "5", *flags)
 
     async def run():
         async with openai.AsyncOpenAI(
@@ -410,10 +417,10 @@ def test_dead_engine_answers_everybody_and_ends_the_server(tokenizer_path, tmp_p
             return await asyncio.gather(stream(), call, return_exceptions=True)
 
     streamed, whole = asyncio.run(run())
-    assert isinstance(streamed, openai.APIError) and "status 7" in str(streamed)
+    assert isinstance(streamed, openai.APIError) and reason in str(streamed)
     assert isinstance(whole, openai.InternalServerError)
     assert server.process.wait(20) == 1
-    assert "error: the engine's process ended with status 7" in log.read_text()
+    assert f"error: {reason}" in log.read_text()
 
 
 def test_address_in_use_is_said_before_anything_is_loaded(server, tokenizer_path):

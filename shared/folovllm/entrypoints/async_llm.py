@@ -50,19 +50,22 @@ class AsyncLLM:
         model: str | Path | None = None,
         *,
         max_queue_len: int | None = None,
+        step_timeout_s: float | None = None,
         observers: Sequence[EngineObserver] = (),
         **llm_options: Any,
     ) -> None:
         """llm_class: a stage's LLM, of which `llm_options` are the arguments.
 
         max_queue_len: most requests that may wait for their first step; None sets no limit.
+        step_timeout_s: the engine is taken for dead, and ended, when a step takes longer; None
+        lets it hang for ever.
         """
         self._llm_class = llm_class
         self._model = model
         self._llm_options = llm_options
         self._max_queue_len = max_queue_len
         self._observers = observers
-        self._client = CoreClient(self._on_message, self._on_death)
+        self._client = CoreClient(self._on_message, self._on_death, step_timeout_s)
         self._outputs = OutputProcessor()
         self._streams: dict[str, AsyncOutputStream] = {}
         """Id of an unfinished request in the engine -> who reads it."""

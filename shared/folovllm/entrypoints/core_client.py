@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 import zmq
 
-from .core_messages import CoreOptions, FromCore, ShutDown, ToCore
+from .core_messages import CoreFacts, CoreOptions, FromCore, Ping, Pong, ShutDown, ToCore
+from .core_watchdog import CoreWatchdog
 from .engine_core import run_engine_core
 from .llm import LLM
 
@@ -27,15 +28,29 @@ class CoreClient:
     """Runs an engine in a process of its own, from within an event loop.
 
     Messages are handed to `on_message` as they come, so that they never pile up on the way. When
-    the process ends without having been told to, `on_death` is called once, behind the last one.
+    the process ends without having been told to, `on_death` is called once, behind the last one;
+    so it is when the engine hangs, and the process is ended then.
     """
 
     def __init__(
-        self, on_message: Callable[[FromCore], None], on_death: Callable[[str], None]
+        self,
+        on_message: Callable[[FromCore], None],
+        on_death: Callable[[str], None],
+        step_timeout_s: float | None,
     ) -> None:
-        """on_death: gets what is known of the reason."""
+        """on_death: gets what is known of the reason.
+
+        step_timeout_s: a ready engine that is longer in one step hangs; None: it may take for ever.
+        """
         self._on_message = on_message
         self._on_death = on_death
+        self._step_timeout_s = step_timeout_s
+        self._watchdog = CoreWatchdog(
+            lambda: self.send(Ping()),
+            self._receive,
+            self._end_hanging,
+            step_timeout_s or 0.0,
+        )
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromCore)
         self._context = zmq.Context()
@@ -80,6 +95,7 @@ class CoreClient:
         """End the process, by force if it does not listen for so long."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._process.sentinel)
+        self._watchdog.stop()
         self.send(ShutDown())
         await asyncio.to_thread(self._process.join, patience_s)
         if self._process.is_alive():
@@ -94,11 +110,27 @@ class CoreClient:
                 data = self._pull.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._on_message(self._decoder.decode(data))
+            self._take(self._decoder.decode(data))
+
+    def _take(self, message: FromCore) -> None:
+        self._watchdog.note_message()
+        if isinstance(message, CoreFacts) and self._step_timeout_s is not None:
+            self._watchdog.start()  # to load may take as long as it likes
+        if not isinstance(message, Pong):
+            self._on_message(message)
+
+    def _end_hanging(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._process.sentinel)
+        self._process.kill()
+        self._on_death(
+            f"the engine hangs: it has been in one step for more than {self._step_timeout_s} s "
+            f"(if its steps may take longer, set a longer step_timeout_s)"
+        )
 
     def _notice_end(self) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._process.sentinel)
+        self._watchdog.stop()
         loop.call_later(_LAST_WORDS_S, self._declare_dead)
 
     def _declare_dead(self) -> None:

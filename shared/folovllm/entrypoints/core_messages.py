@@ -81,6 +81,10 @@ class Idle(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Nothing is left to run, which the stats of the last step do not say."""
 
 
+class Pong(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The engine is not in a step for ever."""
+
+
 class NewRequest(msgspec.Struct, frozen=True, array_like=True):
     """The part of a `Request` that an engine is given."""
 
@@ -114,12 +118,16 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Forget the keys and values of earlier requests."""
 
 
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Answer with `Pong`."""
+
+
 class ShutDown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """End the process."""
 
 
-FromCore = CoreFacts | CoreFailure | Accepted | Refused | Step | Idle
-ToCore = Add | Abort | ResetPrefixCache | ShutDown
+FromCore = CoreFacts | CoreFailure | Accepted | Refused | Step | Idle | Pong
+ToCore = Add | Abort | ResetPrefixCache | Ping | ShutDown
 
 
 def new_request(request: Request) -> NewRequest:

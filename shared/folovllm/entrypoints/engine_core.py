@@ -27,6 +27,8 @@ from .core_messages import (
     FromCore,
     Idle,
     NewRequest,
+    Ping,
+    Pong,
     Refused,
     ResetPrefixCache,
     ShutDown,
@@ -102,6 +104,8 @@ class EngineCore:
             case ResetPrefixCache():
                 engine: Any = self._engine
                 engine.reset_prefix_cache()
+            case Ping():
+                self.send(Pong())
             case ShutDown():
                 self._is_shut_down = True
 

@@ -40,6 +40,8 @@ class ServedConfig:
     exit_at_step: int | None = None
     """The process ends in this step, without a word."""
     raise_at_step: int | None = None
+    hang_at_step: int | None = None
+    """This step never ends."""
 
 
 class ServedEngine(ScriptedEngine):
@@ -53,6 +55,8 @@ class ServedEngine(ScriptedEngine):
             os._exit(EXIT_STATUS)
         if self.num_steps == self.config.raise_at_step:
             raise RuntimeError("the device is gone")
+        while self.num_steps == self.config.hang_at_step:
+            time.sleep(60)
         return super().step()
 
 

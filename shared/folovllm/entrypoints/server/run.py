@@ -66,6 +66,7 @@ async def _serve(
         llm_class,
         model,
         max_queue_len=settings.max_queue_len,
+        step_timeout_s=settings.step_timeout_s,
         observers=[metrics],
         **llm_options,
     )

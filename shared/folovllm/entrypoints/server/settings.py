@@ -38,6 +38,10 @@ class ServerSettings:
     drain_timeout_s: float = 60.0
     """How long requests under way may take after SIGTERM; then they are aborted."""
 
+    step_timeout_s: float | None = 300.0
+    """An engine that is longer in one step hangs: all get an error, and the server ends. Generous,
+    since first steps may compile kernels; a long prompt in one piece on a CPU may need more."""
+
     def __post_init__(self) -> None:
         check_field_types(self)
         if self.generation_config not in ("auto", "vllm"):
@@ -52,6 +56,7 @@ class ServerSettings:
             require_int(name, getattr(self, name), 1)
         for name in ("max_stop_strings", "max_logprobs"):
             require_int(name, getattr(self, name), 0)
-        for name in ("body_timeout_s", "drain_timeout_s"):
-            if not 0 < getattr(self, name) < float("inf"):
+        for name in ("body_timeout_s", "drain_timeout_s", "step_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

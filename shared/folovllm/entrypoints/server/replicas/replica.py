@@ -45,6 +45,7 @@ class EngineReplica:
             llm_class,
             model,
             max_queue_len=settings.max_queue_len,
+            step_timeout_s=settings.step_timeout_s,
             observers=[self._metrics],
             **llm_options,
         )
