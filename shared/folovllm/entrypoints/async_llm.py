@@ -1,7 +1,7 @@
 """The asynchronous interface: an engine in a process of its own, `async for` over its outputs."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,9 +18,15 @@ from .core_messages import (
     CoreFailure,
     FromCore,
     Idle,
+    Pause,
     Refused,
     ResetPrefixCache,
+    Resume,
+    Snapshot,
     Step,
+    StepOnce,
+    Unwatch,
+    Watch,
     new_request,
 )
 from .default_sampling import default_sampling_params
@@ -75,6 +81,7 @@ class AsyncLLM:
         """Id of a prompt -> done when the engine has accepted it, ValueError when not."""
         self._submitted: dict[str, list[Request]] = {}
         """Id of a prompt that the engine has not answered yet -> its requests."""
+        self._on_snapshot: Callable[[Snapshot], None] | None = None
         self.died = asyncio.Event()
         self.death: str | None = None
         """What is known of why the engine's process ended; None while it has not."""
@@ -193,6 +200,31 @@ class AsyncLLM:
             raise no_prefixes(self._llm_class)
         self._client.send(ResetPrefixCache())
 
+    def watch(self, on_snapshot: Callable[[Snapshot], None]) -> None:
+        """Hand snapshots of the engine at work to this callable, until `unwatch`.
+
+        Of an engine that is not paused at most ten per second. ValueError if it is no stage's.
+        """
+        if not self.facts.can_be_watched:
+            raise ValueError("this engine has no scheduler of a stage that could be watched")
+        self._on_snapshot = on_snapshot
+        self._client.send(Watch())
+
+    def unwatch(self) -> None:
+        self._on_snapshot = None
+        self._client.send(Unwatch())
+
+    def pause(self) -> None:
+        """Let the engine do no step but those of `step_once`; requests come and go as ever."""
+        self._client.send(Pause())
+
+    def step_once(self) -> None:
+        """One step of a paused engine; nothing happens if it is not paused or nothing waits."""
+        self._client.send(StepOnce())
+
+    def resume(self) -> None:
+        self._client.send(Resume())
+
     def abort_prompts(self, prompts: Sequence[PromptState]) -> None:
         """Take these back, as far as they are unfinished: the engine hears of it within a step."""
         self._abort(self._outputs.remove(prompts))
@@ -255,6 +287,9 @@ class AsyncLLM:
             case Refused():
                 self._submitted.pop(message.prompt_id)
                 self._answer(message.prompt_id, ValueError(message.reason))
+            case Snapshot():
+                if self._on_snapshot is not None:
+                    self._on_snapshot(message)
             case Idle():
                 for observer in self._observers:
                     observer.on_idle()

@@ -6,6 +6,8 @@ import msgspec
 
 from ..interfaces import StepStats, TokenGrammar, TokenLogprobs, TokenOutput
 from ..request import Request, SamplingParams
+from .live.engine_view import EngineView
+from .live.step_facts import Share
 
 
 class CoreOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +33,8 @@ class CoreFacts(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag=
     """Whether `ResetPrefixCache` is for this engine."""
     engine_config: dict[str, str]
     """Every field of the stage's EngineConfig, as text."""
+    can_be_watched: bool
+    """Whether `Watch` is for this engine."""
 
 
 class CoreFailure(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag=True):
@@ -85,6 +89,29 @@ class Pong(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The engine is not in a step for ever."""
 
 
+class PlannedStep(msgspec.Struct, frozen=True, array_like=True):
+    """What each request gets of one step."""
+
+    number: int
+    """Of the step, counted from 1."""
+    shares: list[Share]
+
+
+class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """How an engine that is watched stands, between two steps."""
+
+    num_steps: int
+    """That have brought their tokens."""
+    is_paused: bool
+    view: EngineView
+    planned: list[PlannedStep]
+    """By the last step; like the next two empty if this has been told before."""
+    story: list[str]
+    """Sentences about the last step."""
+    step_s: float | None
+    """How long it took, in seconds."""
+
+
 class NewRequest(msgspec.Struct, frozen=True, array_like=True):
     """The part of a `Request` that an engine is given."""
 
@@ -122,12 +149,34 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Answer with `Pong`."""
 
 
+class Watch(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Send snapshots: at most ten per second, and of every step of a paused engine."""
+
+
+class Unwatch(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Send none any more."""
+
+
+class Pause(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """No step but those of `StepOnce`; requests come and go as ever."""
+
+
+class StepOnce(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """One step of a paused engine; ignored if it is not paused, or has nothing to do."""
+
+
+class Resume(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The end of a pause."""
+
+
 class ShutDown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """End the process."""
 
 
-FromCore = CoreFacts | CoreFailure | Accepted | Refused | Step | Idle | Pong
-ToCore = Add | Abort | ResetPrefixCache | Ping | ShutDown
+FromCore = CoreFacts | CoreFailure | Accepted | Refused | Step | Idle | Pong | Snapshot
+ToCore = (
+    Add | Abort | ResetPrefixCache | Ping | Watch | Unwatch | Pause | StepOnce | Resume | ShutDown
+)
 
 
 def new_request(request: Request) -> NewRequest:

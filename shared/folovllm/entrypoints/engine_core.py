@@ -27,16 +27,22 @@ from .core_messages import (
     FromCore,
     Idle,
     NewRequest,
+    Pause,
     Ping,
     Pong,
     Refused,
     ResetPrefixCache,
+    Resume,
     ShutDown,
     Start,
     Step,
+    StepOnce,
     ToCore,
+    Unwatch,
+    Watch,
     make_request,
 )
+from .live.engine_watch import EngineWatch
 from .llm import LLM
 
 EXIT_DIED = 1
@@ -63,6 +69,7 @@ class EngineCore:
         self._grammars = grammars
         self._incoming = incoming
         self._outgoing = outgoing
+        self._watch = EngineWatch(engine)
         self._decoder = msgspec.msgpack.Decoder(ToCore)
         self._encoder = msgspec.msgpack.Encoder()
         self._unstarted: dict[str, Request] = {}
@@ -85,14 +92,19 @@ class EngineCore:
     def _take_messages(self) -> None:
         """Act on all that has come; wait for the next one while there is nothing to run."""
         while not self._is_shut_down:
-            is_busy = self._engine.has_unfinished_requests()
+            has_work = self._engine.has_unfinished_requests()
+            is_busy = has_work and self._watch.may_step
+            if not is_busy and self._watch.has_news and not self._incoming.poll(0):
+                self.send(self._watch.take_snapshot())
             if not self._incoming.poll(0 if is_busy else None):
                 return
             self._act_on(self._decoder.decode(self._incoming.recv()))
-            if is_busy:
+            if has_work:
                 self._tell_if_idle()
 
     def _act_on(self, message: ToCore) -> None:
+        if not isinstance(message, Ping):
+            self._watch.note_change()
         match message:
             case Add():
                 self._add(message)
@@ -106,6 +118,8 @@ class EngineCore:
                 engine.reset_prefix_cache()
             case Ping():
                 self.send(Pong())
+            case Watch() | Unwatch() | Pause() | StepOnce() | Resume():
+                self._watch.act_on(message)
             case ShutDown():
                 self._is_shut_down = True
 
@@ -136,11 +150,13 @@ class EngineCore:
 
     def _step(self) -> None:
         start_s = time.perf_counter()
-        output = self._engine.step()
+        output = self._watch.step()
         end_s = time.perf_counter()
         started = self._take_started(output, start_s)
         prompts = self._take_prompt_logprobs(output) if self._prompts_wanted else {}
         self.send(Step(end_s, output.tokens, started, output.stats, prompts))
+        if self._watch.has_story:
+            self.send(self._watch.take_snapshot())
         self._tell_if_idle()
 
     def _tell_if_idle(self) -> None:
@@ -228,6 +244,7 @@ def _facts(llm: LLM) -> CoreFacts:
         tokenizer_path=None if llm.tokenizer is None else llm.tokenizer.path,
         keeps_prefixes=hasattr(llm.engine, "reset_prefix_cache"),
         engine_config=_as_text(getattr(llm.engine, "config", None)),
+        can_be_watched=hasattr(llm.engine, "scheduler"),
         **llm.request_settings,
     )
 

@@ -24,6 +24,7 @@ from .line_interrupts import LineInterrupt
 from .scheduler_driver import MAX_STEPS, SchedulerDriver
 from .scheduler_fuzz import SchedulerFuzz
 from .symbolic_cache import VOCAB_SIZE, SymbolicCache, tokens_alone
+from .watched_steps import watched_steps
 
 
 def make_request(name: str, prompt_len: int, max_tokens: int = 4, **fields: Any) -> Request:
@@ -88,6 +89,17 @@ class SchedulerContract:
         config = self.make_config(**self.draw_options(rng))
         driver = self.make_driver(config, self.draw_num_cache_tokens(config, rng))
         self.fuzz(rng, driver, config.max_model_len, self.files()).run()
+
+    @pytest.mark.no_cover
+    def test_watcher_knows_why_whoever_waits_and_what_everybody_holds(self) -> None:
+        for seed in range(25):
+            rng = random.Random(seed)
+            config = self.make_config(**self.draw_options(rng))
+            driver = self.make_driver(config, self.draw_num_cache_tokens(config, rng))
+            fuzz = self.fuzz(rng, driver, config.max_model_len, self.files())
+            fuzz.num_interrupts = 0
+            with watched_steps(driver):
+                fuzz.run()
 
     def make_plain_driver(self) -> SchedulerDriver:
         """One whose requests do not get in each other's way, as far as the stage can."""

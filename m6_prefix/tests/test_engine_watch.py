@@ -1,0 +1,138 @@
+"""An engine that is watched, paused and stepped: in this process, and in one of its own."""
+
+import asyncio
+
+import pytest
+
+import m6_prefix
+from folovllm.model.loader import load_model
+from folovllm.request import SamplingParams
+from folovllm.testing.async_contract import write_model_with_tokenizer
+from folovllm.testing.driver import make_requests
+
+pytest.importorskip("zmq")
+pytest.importorskip("msgspec")
+
+from folovllm.entrypoints.async_llm import AsyncLLM
+from folovllm.entrypoints.core_messages import Pause, Resume, Snapshot, StepOnce, Unwatch, Watch
+from folovllm.entrypoints.live.engine_watch import INTERVAL_S, EngineWatch
+from m6_prefix.config import EngineConfig
+from m6_prefix.engine import LLMEngine
+
+OPTIONS = {"max_model_len": 128, "kv_cache_bytes": 1 << 20, "max_num_seqs": 4}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_model_with_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def watch(directory):
+    engine = LLMEngine(EngineConfig(**OPTIONS), load_model(directory))
+    watch = EngineWatch(engine, Clock())
+    for request in make_requests([[5] * 20, [6] * 9], SamplingParams(max_tokens=6)):
+        engine.add_request(request)
+    return watch
+
+
+def test_unwatched_engine_is_stepped_as_it_is(watch):
+    scheduler, manager = watch._engine.scheduler, watch._engine.kv_cache_manager
+    before = vars(scheduler).keys() | vars(manager).keys()
+    watch.step()
+    assert vars(scheduler).keys() | vars(manager).keys() == before
+    assert not watch.has_story and not watch.has_news
+
+
+def test_running_engine_tells_of_steps_that_are_far_enough_apart(watch):
+    watch.act_on(Watch())
+    told = []
+    while watch._engine.has_unfinished_requests():
+        watch._clock.now += INTERVAL_S * 0.4
+        watch.step()
+        if watch.has_story:
+            told.append(watch.take_snapshot())
+    assert [snapshot.num_steps for snapshot in told] == [1, 4]
+    # The first step of an engine that plans ahead launches two.
+    assert [planned.number for planned in told[0].planned] == [1, 2]
+    assert told[0].story[0].startswith("Step 1: request r0 gets all of its 20 prompt tokens")
+    assert told[0].story[-1] == "Of step 1, 2 tokens come out."
+    assert [planned.number for planned in told[1].planned] == [5]
+    assert told[1].story[-1] == "Of step 4, 2 tokens come out."
+    assert watch.has_news, "the last steps have not been told"
+    last = watch.take_snapshot()
+    assert last.view.requests == [] and not watch.has_news
+    assert last.view.memory.num_free == last.view.memory.num_units > 0
+    watch.act_on(Unwatch())
+    watch.note_change()
+    assert not watch.has_news
+
+
+def test_paused_engine_owes_a_step_per_click_and_tells_of_each(watch):
+    watch.act_on(StepOnce())
+    assert watch.may_step  # as it is not paused: the click is not kept
+    for message in (Watch(), Pause()):
+        watch.act_on(message)
+    assert not watch.may_step
+    for number in range(1, 4):
+        watch.act_on(StepOnce())
+        assert watch.may_step
+        watch.step()
+        assert not watch.may_step and watch.has_story
+        assert watch.take_snapshot().num_steps == number
+    watch.act_on(Resume())
+    while watch._engine.has_unfinished_requests():
+        assert watch.may_step
+        watch.step()
+    watch.act_on(Pause())
+    watch.act_on(StepOnce())
+    assert not watch.may_step
+    assert watch.take_snapshot().story == ["Nothing to do: no request is unfinished."]
+
+
+def test_engine_in_its_own_process_stands_still_and_takes_and_drops_requests(directory):
+    async def run():
+        snapshots: asyncio.Queue[Snapshot] = asyncio.Queue()
+        options = {**OPTIONS, "async_scheduling": False, "dtype": "float32", "device": "cpu"}
+
+        async def until(is_it):
+            while not is_it(snapshot := await asyncio.wait_for(snapshots.get(), 10)):
+                pass
+            return snapshot
+
+        async with AsyncLLM(m6_prefix.LLM, directory, **options) as llm:
+            llm.watch(snapshots.put_nowait)
+            llm.pause()
+            params = SamplingParams(max_tokens=5, ignore_eos=True, temperature=0)
+            (kept,) = await llm.start(["Hello world"], params)
+            (dropped,) = await llm.start(["lazy dog"], params)
+            seen = await until(lambda s: len(s.view.requests) == 2)
+            assert seen.is_paused and seen.num_steps == 0
+            assert {request.status for request in seen.view.requests} == {"waiting"}
+            with pytest.raises(ValueError, match="max_model_len"):
+                await llm.start([[5] * 200], params)
+            dropped.close()
+            await until(lambda s: len(s.view.requests) == 1)
+            for number in range(1, 4):
+                llm.step_once()
+                seen = await until(lambda s: s.story)
+                assert seen.num_steps == number
+                assert [plan.number for plan in seen.planned] == [number]
+                assert seen.view.requests[0].num_blocks == sum(
+                    c > 2 for c in seen.view.memory.cells
+                )
+            assert kept.prompt.num_output_tokens == 3
+            llm.resume()
+            assert [output.finished async for output in kept][-1]
+            seen = await until(lambda s: not s.view.requests)
+            assert not seen.is_paused
+            llm.pause()  # an engine that is told to end while it is paused ends
+
+    asyncio.run(run())

@@ -1,0 +1,1 @@
+"""An engine at work, as somebody who watches it is shown."""
