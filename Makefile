@@ -31,6 +31,8 @@ LAST := $(lastword $(SHORT_NAMES))
 # Stages that have a command of their own: those with the file that does the work.
 QUANTIZERS := $(foreach file,$(sort $(wildcard m[1-7]_*/quantize_model.py)),$(firstword $(subst _, ,$(file))))
 
+# What mkdocs.yml calls docs_dir: written before every build.
+BOOK := build/book
 EMBEDDED := models/SmolLM2-135M-Instruct/model.safetensors
 ifdef NO_VENV
   PY := $(PYTHON)
@@ -39,6 +41,7 @@ ifdef NO_VENV
   DEV :=
   SERVE :=
   RAY :=
+  DOCS :=
 else
   PY := $(VENV)/bin/python
   # Python alone: what compares files needs no package.
@@ -47,6 +50,8 @@ else
   DEV := $(VENV)/.stamp-dev
   SERVE := $(VENV)/.stamp-serve
   RAY := $(VENV)/.stamp-ray
+  # The book is made from texts: no torch.
+  DOCS := $(VENV)/.stamp-docs
 endif
 RUN := PYTHONPATH=.:shared $(PY)
 MODEL_FILES := $(if $(MODEL),,$(EMBEDDED))
@@ -63,6 +68,7 @@ quote = '$(subst ','\'',$(1))'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup model doctor test lint format check-stages propagate compare charts pictures microbench \
+    docs docs-serve \
     shared-test m0-test compare-test ray-test
 
 # ------------------------------------------------------------------------------------------------ verbs
@@ -120,6 +126,14 @@ charts: $(RUNTIME) ## draw table, charts and report again from the stored result
 
 pictures: $(RUNTIME) ## draw the pictures of the notes again
 	$(RUN) -m compare.pictures$(EXTRA)
+
+docs: $(DOCS) ## build the book into build/site; a dead link is an error
+	@mkdir -p $(BOOK)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+docs-serve: $(DOCS) ## show the book at http://127.0.0.1:8000, and follow changes (ARGS="--dev-addr 127.0.0.1:8001")
+	@mkdir -p $(BOOK)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve$(EXTRA)
 
 microbench: $(DEV) ## time the host-side pieces, and how they grow with queue, batch and history
 	$(RUN) -m pytest --benchmark-only$(EXTRA_PYTEST) compare/microbench
@@ -211,11 +225,15 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-runtime requirements-dev.txt requirements-ser
 	$(PY) -m pip install -c constraints.txt -r requirements-dev.txt
 	@touch $@
 
+$(VENV)/.stamp-docs: requirements-docs.txt constraints.txt | $(VENV)/.stamp-venv
+	$(PY) -m pip install -c constraints.txt -r requirements-docs.txt
+	@touch $@
+
 $(EMBEDDED): | $(RUNTIME)
 	$(RUN) -m m0_infra fetch
 
 # Without a rule of their own, `make -B` would take them for unknown verbs.
-Makefile constraints.txt requirements.txt requirements-serve.txt requirements-ray.txt requirements-dev.txt: ;
+Makefile constraints.txt requirements.txt requirements-serve.txt requirements-ray.txt requirements-dev.txt requirements-docs.txt: ;
 
 .DEFAULT:
 	@echo "error: '$@' is no verb and no file that can be made; stages here: $(SHORT_NAMES). 'make help' lists the verbs." >&2; exit 2

@@ -174,6 +174,11 @@ def test_requirements_of_the_server_are_the_extras_that_it_needs():
         assert extras[extra] == read_requirements(f"requirements-{extra}.txt")
 
 
+def test_requirements_of_the_book_are_its_group_of_dependencies():
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    assert groups["docs"] == read_requirements("requirements-docs.txt")
+
+
 def test_pinned_versions_satisfy_the_declared_ranges():
     packaging_requirements = pytest.importorskip("packaging.requirements")
     pins = dict(text.split("==") for text in read_requirements("constraints.txt"))
