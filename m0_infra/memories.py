@@ -10,13 +10,15 @@ CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 def gpu_memories(properties: Any) -> Iterator[tuple[str, str]]:
     """(name, what there is of it) of a CUDA device.
 
-    properties: of `torch.cuda.get_device_properties`.
+    properties: of `torch.cuda.get_device_properties`. What a build of torch does not tell is left
+    out.
     """
     num_sms = properties.multi_processor_count
-    registers = properties.regs_per_multiprocessor * 4
-    shared = properties.shared_memory_per_multiprocessor
     yield "multiprocessors", f"{num_sms}, warps of {properties.warp_size} threads"
-    yield "registers", f"{_size(registers)} each, {_size(registers * num_sms)} in all"
+    registers = getattr(properties, "regs_per_multiprocessor", None)
+    if registers is not None:
+        yield "registers", f"{_size(4 * registers)} each, {_size(4 * registers * num_sms)} in all"
+    shared = properties.shared_memory_per_multiprocessor
     yield "shared memory", f"{_size(shared)} each, {_size(shared * num_sms)} in all"
     yield "L2 cache", _size(properties.L2_cache_size)
 
