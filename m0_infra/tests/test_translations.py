@@ -66,3 +66,10 @@ def test_links_lead_to_what_those_of_the_original_lead_to(page):
     english, chinese = both(page)
     assert targets(chinese) == targets(english)
     assert dead_links(page) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_star_beside_a_chinese_character_is_shown_as_it_is(page):
+    """`字**[…` is no emphasis: there is no space that would show its edge."""
+    text = re.sub(r"`[^`]*`", "", prose(read(page)))
+    assert re.findall(r"[\u4e00-\u9fff]\*+\[.{9}|.{9}\)\*+[\u4e00-\u9fff]", text) == []
