@@ -27,7 +27,7 @@ from urllib.request import urlopen
 
 from http_load import Timing, summary
 
-from folovllm.hardware import describe_environment
+from folovllm.hardware import describe_environment, package_version
 from folovllm.workloads.workload import WorkloadRequest, make_workload
 
 POLICIES = ("prefix", "round-robin")
@@ -164,7 +164,7 @@ def main() -> None:
         "replicas": arguments.replicas,
         "serve": arguments.serve,
         "workload": {"spec": arguments.workload, "sha256": workload.sha256},
-        "environment": describe_environment(),
+        "environment": describe_environment() | {"ray": package_version("ray")},
         "medians": medians,
         "runs": runs,
     }
