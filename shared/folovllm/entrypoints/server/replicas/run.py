@@ -80,7 +80,6 @@ def _cluster(address: str | None) -> Iterator[None]:
     own: dict[str, Any] = {
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
-        "_node_ip_address": _LOOPBACK,
     }
     ray.init(address or "local", logging_level=logging.WARNING, **({} if address else own))
     # What becomes of replicas the controller says; here are only traces of calls that they had.
