@@ -38,7 +38,7 @@ from folovllm.hardware import describe_environment, package_version
 SERVE = ["--max-model-len", "512", "--kv-cache-bytes", "32MiB", "--max-num-seqs", "8"]
 SERVE += ["--max-queue-len", "8"]
 NUM_CLIENTS = 6
-BURST, BURST_EVERY_S, KILL_EVERY_S, SAMPLE_EVERY_S = 48, 30.0, 120.0, 10.0
+BURST, BURST_EVERY_S, SAMPLE_EVERY_S = 48, 30.0, 10.0
 TIMEOUT_S = 180.0
 """Whoever has no answer by then hangs."""
 MALFORMED = (
@@ -148,7 +148,7 @@ class Clients:
         self._tally.count(kind, *_outcome(status, content, is_stream=b'"stream": true' in body))
 
     async def _call(self, path: str, body: bytes, pause_s: float) -> tuple[int, bytes]:
-        """Status and body; in HTTP/1.0, where the end of the connection is the body's."""
+        """Status and body; ValueError for an answer that is cut off."""
         reader, writer = await self._send(path, body, len(body))
         try:
             head = await reader.readuntil(b"\r\n\r\n")
@@ -156,7 +156,8 @@ class Clients:
             while piece := await reader.read(64 if pause_s else -1):
                 content += piece
                 await asyncio.sleep(pause_s)
-            return int(head.split()[1]), bytes(content)
+            is_chunked = b"transfer-encoding: chunked" in head.lower()
+            return int(head.split()[1]), _joined(content) if is_chunked else bytes(content)
         except asyncio.IncompleteReadError as error:
             raise ValueError(f"cut off behind {error.partial!r}") from None
         finally:
@@ -185,12 +186,27 @@ class Clients:
         connection.setblocking(False)
         await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", self._port))
         reader, writer = await asyncio.open_connection(sock=connection, limit=1 << 20)
-        writer.write(f"POST {path} HTTP/1.0\r\nContent-Length: {length}\r\n\r\n".encode() + body)
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        writer.write(f"{head}Content-Length: {length}\r\n\r\n".encode() + body)
         return reader, writer
 
 
 def _path(body: bytes) -> str:
     return "/v1/chat/completions" if b'"messages"' in body else "/v1/completions"
+
+
+def _joined(chunks: bytearray) -> bytes:
+    """A body in chunks, without their lengths."""
+    joined, start = bytearray(), 0
+    while True:
+        end = chunks.find(b"\r\n", start)
+        if end < 0:
+            raise ValueError(f"cut off behind {bytes(chunks[-100:])!r}")
+        length = int(chunks[start:end], 16)
+        if not length:
+            return bytes(joined)
+        joined += chunks[end + 2 : end + 2 + length]
+        start = end + 2 + length + 2
 
 
 def _outcome(status: int, content: bytes, is_stream: bool) -> tuple[str, bool]:
@@ -289,7 +305,7 @@ async def load(server: Server, clients: Clients, arguments: argparse.Namespace) 
 
     tasks = [every(SAMPLE_EVERY_S, sample), every(BURST_EVERY_S, clients.burst)]
     if arguments.replicas > 1:
-        tasks.append(every(KILL_EVERY_S, kill))
+        tasks.append(every(arguments.kill_every, kill))
     await asyncio.gather(*tasks, *(clients.ask_until(end_s) for _ in range(NUM_CLIENTS)))
     return {"duration_s": time.monotonic() - start_s, "kills": kills, "memory": memory}
 
@@ -365,6 +381,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--stage", default="m6_prefix")
+    parser.add_argument("--kill-every", type=float, default=120.0, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("serve", nargs="*", help="options of serve, behind --")
@@ -402,6 +419,7 @@ def main() -> int:
         "replicas": arguments.replicas,
         "serve": [*SERVE, *arguments.serve],
         "minutes": arguments.minutes,
+        "kill_every_s": arguments.kill_every,
         "environment": describe_environment() | {"ray": package_version("ray")},
         "verdict": verdict(seen, tally, before, after),
         "calls": {kind: dict(counts) for kind, counts in tally.outcomes.items()},
