@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 
 import pytest
 
@@ -107,6 +108,18 @@ def test_engine_with_too_many_calls_gets_no_more_until_one_is_over():
     for call in calls:
         call.is_over = True
     assert send(policy, ["x"], ENGINES).engine == "a"
+
+
+def test_what_all_prompts_share_does_not_gather_them_and_many_calls_may_be_uneven():
+    policy = PrefixPolicy(max_load_gap=2)
+    calls = [send(policy, ["system", str(number)], ["a", "b"]) for number in range(40)]
+    engines = Counter(call.engine for call in calls)
+    assert engines == {"a": 20, "b": 20}
+    assert calls[0].engine == "a"
+    for call in [call for call in calls if call.engine == "b"][:7]:
+        call.is_over = True
+    names = ["system", "0", "next"]  # a has 20 calls beside 13, and may have 1.5 * 13 + 2
+    assert [send(policy, names, ["a", "b"]).engine for _ in range(3)] == ["a", "a", "b"]
 
 
 def test_without_prefix_the_load_decides_and_then_what_is_remembered():

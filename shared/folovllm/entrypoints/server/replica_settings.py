@@ -18,8 +18,8 @@ class ReplicaSettings:
     """prefix: prompts that begin alike go to the engine that has run such a beginning; round-robin:
     each engine in turn. None is prefix."""
     max_load_gap: int | None = None
-    """With prefix routing: calls that an engine may have more than the least loaded one and still
-    get those whose beginning it has. None is 8."""
+    """With prefix routing: calls that an engine may have above one and a half times those of the
+    least loaded one and still get prompts whose beginning it has. None is 2."""
     ray_address: str | None = None
     """The Ray cluster to run in: auto, or HOST:PORT. None starts one on this machine that ends with
     the server."""

@@ -15,6 +15,7 @@ MAX_PIECES = 4096
 """Of one prompt; prompts that agree so far belong together whatever follows."""
 MAX_REMEMBERED = 1 << 16
 """Pieces per engine: 4 MiB of prompts, or a million tokens."""
+_LOAD_RATIO = 1.5
 _BEFORE_THE_PROMPT = ("cache_salt", "chat_template_kwargs", "tools")
 """Fields that decide, besides the prompt, what an engine's prefix is."""
 
@@ -58,10 +59,12 @@ class Placement:
 class PrefixPolicy:
     """Places calls, knowing where prompts went before and how many calls each engine has.
 
-    An engine that has more than `max_load_gap` calls above the least loaded one comes after those
-    that have not. Among the others the longest beginning decides, then the load, then how much the
-    engine remembers already. What an engine has cached is not asked for but supposed: the pieces of
-    the prompts that it got last.
+    An engine that has more than `max_load_gap` calls above one and a half times those of the least
+    loaded one comes after those that have not: few calls are spread soon, so that a beginning that
+    all prompts share becomes known everywhere, and many may be uneven before one is sent away from
+    what it has cached. Among the others the longest beginning decides, then the load, then how much
+    the engine remembers already. What an engine has cached is not asked for but supposed: the
+    pieces of the prompts that it got last.
     """
 
     def __init__(self, max_load_gap: int, max_remembered: int = MAX_REMEMBERED) -> None:
@@ -93,7 +96,7 @@ class PrefixPolicy:
     def _rank(self, pieces: Sequence[Piece], engines: Sequence[str]) -> list[str]:
         self._calls = {call for call in self._calls if not call.is_over}
         loads = Counter(call.engine for call in self._calls)
-        bound = min(loads[name] for name in engines) + self._max_load_gap
+        bound = _LOAD_RATIO * min(loads[name] for name in engines) + self._max_load_gap
 
         def cost(name: str) -> tuple[bool, int, int, int, str]:
             known = self._pieces.get(name, OrderedDict())

@@ -25,7 +25,7 @@ from .front import Front
 from .replica import EngineReplica
 from .router import PrefixRouter
 
-_DEFAULT_MAX_LOAD_GAP = 8
+_DEFAULT_MAX_LOAD_GAP = 2
 _LOOPBACK = "127.0.0.1"
 _HEALTH_CHECK_S = 1.0
 """How long it may take until a replica that is gone begins to be replaced."""
