@@ -1,6 +1,8 @@
 """Events of many streams go out together: slow clients, failures, and what /metrics counts."""
 
 import asyncio
+from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -12,6 +14,10 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from folovllm.entrypoints.async_stream import Bell
 from folovllm.entrypoints.server.delivery import Delivery
 from folovllm.entrypoints.server.histogram import BulkHistogram
+from folovllm.entrypoints.server.protocol import CompletionBody
+from folovllm.entrypoints.server.service import Service
+from folovllm.entrypoints.server.settings import ServerSettings
+from folovllm.request import SamplingParams
 
 
 class Source:
@@ -153,6 +159,39 @@ def test_bell_is_heard_by_whoever_waits_later_and_by_one_reader_only():
         assert not waiting.done()
         bell.ring()
         await waiting
+
+    asyncio.run(run())
+
+
+class Stream:
+    """One prompt's outputs, of which none comes; `error` comes instead of the first."""
+
+    def __init__(self, error=None):
+        self.is_closed = False
+        self._error = error
+
+    async def __anext__(self):
+        if self._error is not None:
+            raise self._error
+        await asyncio.Event().wait()
+
+    def close(self):
+        self.is_closed = True
+
+
+def test_call_that_fails_takes_all_its_prompts_back():
+    """A stream closes itself when its own reader ends; nobody ends the readers of the others."""
+
+    async def run():
+        streams = [Stream(), Stream(RuntimeError("no text"))]
+        llm = SimpleNamespace(start=AsyncMock(return_value=streams))
+        service = Service(llm, "toy", ServerSettings(), SamplingParams())
+        request = SimpleNamespace(receive=asyncio.Event().wait)
+        body = CompletionBody(prompt=[[5], [6]])
+        with pytest.raises(RuntimeError, match="no text"):
+            await service.complete(request, body)
+        assert all(stream.is_closed for stream in streams)
+        assert service.num_calls == 0
 
     asyncio.run(run())
 

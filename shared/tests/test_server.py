@@ -2,19 +2,18 @@
 
 import asyncio
 import json
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from folovllm.testing.server_process import SERVED_LLM, ServerProcess
 from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer
 from folovllm.text.tokenizer import Tokenizer
 
@@ -22,47 +21,12 @@ pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 
-MAIN = (
-    "import sys; from folovllm.cli.main import main; "
-    "from folovllm.testing.served_llm import ServedLLM; sys.exit(main(ServedLLM, sys.argv[1:]))"
-)
 SECRET = "the password is swordfish"
 
 
-class Served:
+def serve(tokenizer_path, log, *flags):
     """A server in a process of its own, whose model repeats the prompt."""
-
-    def __init__(self, tokenizer_path, log, *flags):
-        self.log = log
-        command = [sys.executable, "-c", MAIN, "serve", "--model", str(tokenizer_path)]
-        command += ["--port", "0", "--served-model-name", "toy", *flags]
-        self.process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
-        end = time.perf_counter() + 60
-        while (found := re.search(r"http://127.0.0.1:(\d+)", log.read_text())) is None:
-            assert self.process.poll() is None and time.perf_counter() < end, log.read_text()
-            time.sleep(0.05)
-        self.port = int(found[1])
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, timeout=20)
-
-    def metric(self, name):
-        line = re.search(rf"^vllm:{name}{{.*}} (\S+)$", self.http.get("/metrics").text, re.M)
-        return float(line[1])
-
-    def wait_until_idle(self, within_s=5.0):
-        """Until the engine runs nothing."""
-        end = time.perf_counter() + within_s
-        while self.metric("num_requests_running") or self.metric("num_requests_waiting"):
-            assert time.perf_counter() < end
-            time.sleep(0.02)
-
-    def num_descriptors(self):
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
-
-    def stop(self):
-        self.http.close()
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(20) == 0, self.log.read_text()
+    return ServerProcess(SERVED_LLM, tokenizer_path, log, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +42,7 @@ def tokenizer(tokenizer_path):
 @pytest.fixture(scope="module")
 def server(tokenizer_path, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
-    served = Served(tokenizer_path, log, "--step-ms", "2")
+    served = serve(tokenizer_path, log, "--step-ms", "2")
     yield served
     served.stop()
     assert "Traceback" not in log.read_text()
@@ -225,7 +189,12 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
         ("completions", {"prompt": "a", "seed": 1 << 70}, 400, "seed"),
         ("completions", {"prompt": "a", "best_of": 2}, 400, "best_of"),
         ("completions", {"prompt": "a", "suffix": "b"}, 400, "suffix"),
-        ("completions", {"prompt": "a", "echo": True, "logprobs": 1}, 400, "echo"),
+        (
+            "completions",
+            {"prompt": "a", "echo": True, "logprobs": 1, "prompt_logprobs": 2},
+            400,
+            "prompt_logprobs",
+        ),
         ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias"),
         ("completions", {"prompt": "a", "stream_options": {}}, 400, "stream_options"),
         ("chat/completions", {"messages": []}, 400, "messages"),
@@ -343,7 +312,7 @@ def test_slow_reader_gets_all_of_it(server):
 def test_limits_keys_and_the_end(tokenizer_path, tmp_path):
     log = tmp_path / "log"
     flags = ["--api-key", "swordfish-1", "--max-body-bytes", "500", "--max-queue-len", "2"]
-    server = Served(tokenizer_path, log, "--step-ms", "50", "--max-num-seqs", "1", *flags)
+    server = serve(tokenizer_path, log, "--step-ms", "50", "--max-num-seqs", "1", *flags)
     call = {"prompt": SECRET, "max_tokens": 40}
     for headers in (
         {},
@@ -399,7 +368,7 @@ async def check_queue_and_drain(server, call):
 )
 def test_dead_engine_answers_everybody_and_ends_the_server(tokenizer_path, tmp_path, flags, reason):
     log = tmp_path / "log"
-    server = Served(tokenizer_path, log, "--step-ms", "5", *flags)
+    server = serve(tokenizer_path, log, "--step-ms", "5", *flags)
 
     async def run():
         async with openai.AsyncOpenAI(
@@ -424,14 +393,14 @@ def test_dead_engine_answers_everybody_and_ends_the_server(tokenizer_path, tmp_p
 
 
 def test_address_in_use_is_said_before_anything_is_loaded(server, tokenizer_path):
-    command = [sys.executable, "-c", MAIN, "serve", "--model", str(tokenizer_path)]
+    command = [sys.executable, "-c", SERVED_LLM, "serve", "--model", str(tokenizer_path)]
     command += ["--port", str(server.port)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 2 and "cannot listen" in done.stderr
 
 
 def test_missing_extra_is_named(tokenizer_path):
-    code = f"import sys; sys.modules['uvicorn'] = None; {MAIN}"
+    code = f"import sys; sys.modules['uvicorn'] = None; {SERVED_LLM}"
     command = [sys.executable, "-c", code, "serve", "--model", str(tokenizer_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 2 and "folovllm[serve]" in done.stderr and "uvicorn" in done.stderr

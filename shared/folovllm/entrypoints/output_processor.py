@@ -169,6 +169,11 @@ class PromptState:
         return all(completion.finish_reason is not None for completion in self.completions)
 
     @property
+    def token_ids(self) -> list[int]:
+        """Of the prompt; no copy."""
+        return self._prompt.token_ids
+
+    @property
     def num_cached_tokens(self) -> int:
         """Tokens of the prompt that the engine had not to compute."""
         return self.completions[0].request.num_cached_tokens or 0
@@ -185,12 +190,19 @@ class PromptState:
         requests = (completion.request for completion in self.completions)
         return next(request for request in requests if request.request_id == request_id)
 
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """Per token of the prompt, None for the first; None before the first completion begins.
+
+        And where nobody asked for them.
+        """
+        if self._prompt_logprobs is None:
+            self._prompt_logprobs = self.completions[0].describe_prompt()
+        return self._prompt_logprobs
+
     def output(self) -> RequestOutput:
         """A copy of the present state."""
         outputs = [completion.output() for completion in self.completions]
-        if self._prompt_logprobs is None:
-            self._prompt_logprobs = self.completions[0].describe_prompt()
-        known = self._prompt_logprobs
+        known = self.prompt_logprobs()
         copy = None if known is None else list(known)
         return self._output(outputs, list(self._prompt.token_ids), copy)
 
@@ -200,8 +212,7 @@ class PromptState:
         The list of the prompt's tokens is no copy; its log-probabilities come once.
         """
         outputs = self.take_deltas()
-        new = self.completions[0].describe_prompt() if self._prompt_logprobs is None else None
-        self._prompt_logprobs = self._prompt_logprobs or new
+        new = self.prompt_logprobs() if self._prompt_logprobs is None else None
         return self._output(outputs, self._prompt.token_ids, new)
 
     def take_deltas(self) -> list[CompletionOutput]:

@@ -32,7 +32,10 @@ class Shape(Protocol):
     def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Any:
         """A finished completion."""
 
-    def opening(self, index: int) -> Any | None:
+    def visible(self, completion: CompletionOutput) -> CompletionOutput:
+        """What the client gets to see of it."""
+
+    def opening(self, index: int, prompt: PromptState) -> Any | None:
         """The choice of a first chunk, which comes with the first token; None where none does."""
 
     def delta(self, index: int, completion: CompletionOutput) -> Any:
@@ -62,10 +65,11 @@ class Answer:
         outputs = await asyncio.gather(*map(_last, self._streams))
         choices = []
         for number, output in enumerate(outputs):
-            for completion in output.outputs:
+            visible = [self._shape.visible(completion) for completion in output.outputs]
+            self._usage.count(self._streams[number].prompt, visible)
+            for completion in visible:
                 choice = self._shape.choice(number * self._n + completion.index, output, completion)
                 choices.append(choice)
-            self._usage.count(self._streams[number].prompt, output.outputs)
         body = {**self._head, "object": self._shape.whole, "choices": choices}
         return msgspec.json.encode({**body, "usage": self._usage.to_dict()})
 
@@ -105,11 +109,11 @@ class ChunkedAnswer:
         is_finished = True
         try:
             for number, stream in enumerate(self._streams):
-                deltas = stream.take_deltas()
+                deltas = [self._shape.visible(delta) for delta in stream.take_deltas()]
                 if deltas:
                     self._usage.count(stream.prompt, deltas)
                     for completion in deltas:
-                        self._write(events, number * self._n + completion.index, completion)
+                        self._write(events, number, completion)
                 is_finished = is_finished and stream.is_closed
         except RuntimeError as error:
             events.append(_event(ApiError(500, str(error), kind="server_error").body()))
@@ -122,10 +126,12 @@ class ChunkedAnswer:
             events.append(DONE)
         return b"".join(events)
 
-    def _write(self, events: list[bytes], index: int, completion: CompletionOutput) -> None:
+    def _write(self, events: list[bytes], number: int, completion: CompletionOutput) -> None:
+        """The chunks of a completion of prompt `number`."""
+        index = number * self._n + completion.index
         if index not in self._opened:
             self._opened.add(index)
-            opening = self._shape.opening(index)
+            opening = self._shape.opening(index, self._streams[number].prompt)
             if opening is not None:
                 events.append(self._format.chunk(opening))
         events.append(self._format.chunk(self._shape.delta(index, completion)))

@@ -3,6 +3,7 @@
 from itertools import starmap
 from typing import Any
 
+from ..output_processor import PromptState
 from ..outputs import CompletionOutput, Logprob, RequestOutput
 from .answers import finite, prompt_logprobs, token_text
 from .protocol import ChatBody
@@ -24,7 +25,10 @@ class ChatShape:
             choice["prompt_logprobs"] = prompt_logprobs(output)
         return choice
 
-    def opening(self, index: int) -> Any | None:
+    def visible(self, completion: CompletionOutput) -> CompletionOutput:
+        return completion
+
+    def opening(self, index: int, prompt: PromptState) -> Any | None:
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 

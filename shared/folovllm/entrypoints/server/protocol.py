@@ -125,7 +125,7 @@ class GenerationBody(Body):
     def sampling_params(self, defaults: SamplingParams, settings: ServerSettings) -> SamplingParams:
         """The fields that were given, over the defaults; ValueError or ApiError names one."""
         self._check_limits(settings)
-        given = {name: value for name in _TAKEN_OVER if (value := getattr(self, name)) is not None}
+        given = self._given()
         if self.logit_bias is not None:
             given["logit_bias"] = _with_token_ids(self.logit_bias)
         given["logprobs"] = self.num_logprobs
@@ -133,6 +133,10 @@ class GenerationBody(Body):
             raise ApiError(400, "prompt_logprobs are not streamed", param="prompt_logprobs")
         given["structured_outputs"] = self._structure()
         return replace(defaults, **given)
+
+    def _given(self) -> dict[str, Any]:
+        """Fields of SamplingParams that have the same name here, as far as they were given."""
+        return {name: value for name in _TAKEN_OVER if (value := getattr(self, name)) is not None}
 
     def _structure(self) -> StructuredOutputsParams | None:
         wanted = None
@@ -188,11 +192,25 @@ class CompletionBody(GenerationBody):
                 400, f"best_of ({self.best_of}) other than n ({params.n}) is not supported",
                 param="best_of",
             )  # fmt: skip
-        if self.echo and self.logprobs is not None:
+        if not self.echo or self.logprobs is None:
+            return params
+        if self.prompt_logprobs not in (None, self.logprobs):
             raise ApiError(
-                400, "echo with logprobs is not supported; ask for prompt_logprobs", param="echo"
+                400,
+                f"echo with logprobs ({self.logprobs}) tells as many of the prompt; leave out "
+                f"prompt_logprobs ({self.prompt_logprobs}), or give the same number",
+                param="prompt_logprobs",
             )
-        return params
+        return replace(params, prompt_logprobs=self.logprobs)
+
+    @property
+    def echoes_only(self) -> bool:
+        """Whether the prompt is all that is wanted; an engine always makes one token."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def _given(self) -> dict[str, Any]:
+        given = super()._given()
+        return {**given, "max_tokens": 1} if self.echoes_only else given
 
 
 class ConversationBody(Body):

@@ -57,7 +57,8 @@ class Service:
         # In the thread pool, as all that takes as long as a prompt is.
         taken = await asyncio.to_thread(self._take_prompts, prompts, body)
         texts = await asyncio.to_thread(self._texts, prompts) if body.echo else []
-        return await self._generate(request, body, taken, params, CompletionShape(body, texts))
+        shape = CompletionShape(body, texts, self._token_text)
+        return await self._generate(request, body, taken, params, shape)
 
     async def chat(self, request: Request, body: ChatBody) -> Response:
         # A chat goes on to the end of its turn where nobody sets a limit, a completion does not.
@@ -194,6 +195,9 @@ class Service:
             else self._tokenizer().decode(prompt, skip_special_tokens=False)
             for prompt in prompts
         ]
+
+    def _token_text(self, token_id: int) -> str:
+        return self._tokenizer().token_text(token_id)
 
     def _render(self, body: ConversationBody, cache_salt: str | None) -> Prompt:
         try:
