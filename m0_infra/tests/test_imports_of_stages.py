@@ -19,14 +19,4 @@ def test_bookkeeping_runs_without_torch(stage):
     code = "import sys\nsys.modules['torch'] = None  # any import of it raises\n"
     code += "".join(f"import {stage}.{module}\n" for module in modules)
     code += f"assert {stage}.EngineConfig and {stage}.SamplingParams(max_tokens=2)\n"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_stage_gives_its_public_names_and_no_others(stage):
-    code = f"import {stage}\nfor name in {stage}.__all__: assert getattr({stage}, name)\n"
-    code += (
-        f"try: {stage}.Missing\nexcept AttributeError as error: assert 'Missing' in str(error)\n"
-    )
-    code += "else: raise SystemExit(1)\n"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)

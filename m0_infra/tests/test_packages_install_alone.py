@@ -122,7 +122,10 @@ def test_package_runs_with_shared_alone_from_anywhere(package, shared_install, t
 
     optional = [*map(requirement_name, read_optional_dependencies("folovllm"))]
     code = f"import sys; sys.modules.update(dict.fromkeys({optional}))  # none can be imported\n"
-    code += f"import folovllm, {package}; print(folovllm.__file__); print({package}.__file__)"
+    code += f"import folovllm, {package}; print(folovllm.__file__); print({package}.__file__)\n"
+    if package in STAGES:  # it gives its public names, and no others
+        code += f"for name in {package}.__all__: assert getattr({package}, name)\n"
+        code += f"assert not hasattr({package}, 'Missing')\n"
     places = run_python(["-c", code], target, elsewhere).splitlines()
     assert [Path(place).is_relative_to(target) for place in places] == [True, True]
     assert "usage" in run_python(["-m", package, "--help"], target, elsewhere).lower()

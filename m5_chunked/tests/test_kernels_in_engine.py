@@ -9,7 +9,7 @@ from folovllm.model.loader import load_model
 from folovllm.request import SamplingParams
 from folovllm.testing.driver import drain, make_requests, random_prompts
 from folovllm.testing.engine_contract import toy_directory, toy_model
-from folovllm.testing.toy_models import reference_greedy
+from folovllm.testing.toy_models import reference_greedy, toy_families
 from m5_chunked.config import AttentionBackend, EngineConfig
 from m5_chunked.engine import LLMEngine
 
@@ -24,9 +24,12 @@ from m5_chunked.flash_attention import TritonAttention  # noqa: E402
 __all__ = ["toy_directory", "toy_model"]
 
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
+FAMILIES = toy_families() if HAS_CUDA else toy_families()[:1]
+"""In the interpreter one is enough: m4_flash has them all, and the kernels are the same."""
 
 
 @pytest.mark.no_cover
+@pytest.mark.parametrize("toy_directory", FAMILIES, ids=lambda f: f.name, indirect=True)
 @pytest.mark.parametrize("max_num_seqs", [5])
 def test_engine_on_the_kernels_equals_transformers(toy_directory, max_num_seqs) -> None:
     """End to end in the interpreter: prompts, decodes, and both in one step through forks."""
