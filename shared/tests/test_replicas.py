@@ -14,6 +14,8 @@ import pytest
 from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
+from folovllm.entrypoints.server.replicas.run import resources
+
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.ray
@@ -195,6 +197,27 @@ def test_signal_lets_calls_end_and_leaves_no_process(server):
     assert server.process.wait(60) == 0, server.log.read_text()
     assert [pid for pid in processes if Path(f"/proc/{pid}").exists()] == []
     assert "Hello" not in server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("num_replicas", "device", "cluster", "expected"),
+    [
+        (2, "auto", {"CPU": 9.0}, {"num_cpus": 4}),
+        (3, "cpu", {"CPU": 2.0, "GPU": 8.0}, {"num_cpus": 42 / 64}),
+        (4, "auto", {"CPU": 64.0, "GPU": 4.0}, {"num_gpus": 1, "num_cpus": 1}),
+        (2, "cuda", {"CPU": 8.0, "GPU": 1.0}, "need as many GPUs"),
+        (2, "auto", {"CPU": 8.0, "GPU": 1.0}, "need as many GPUs"),
+        (2, "cuda:1", {"CPU": 8.0, "GPU": 2.0}, "leave out the number"),
+    ],
+)
+def test_every_replica_gets_a_gpu_or_its_share_of_the_cores(
+    num_replicas, device, cluster, expected
+):
+    if isinstance(expected, dict):
+        assert resources(num_replicas, device, cluster) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            resources(num_replicas, device, cluster)
 
 
 def test_mistake_is_one_line():

@@ -31,6 +31,8 @@ _HEALTH_CHECK_S = 1.0
 """How long it may take until a replica that is gone begins to be replaced."""
 _OBJECT_STORE_BYTES = 80 << 20
 """About the least that Ray takes; nothing of ours goes through it."""
+_LEAST_SHARE = 1 / 64
+"""Of a core; Ray counts ten-thousandths, and three rounded thirds are more than one."""
 _NO_LIMIT = 1 << 20
 """Calls of a replica: its own server knows how many it can take, and refuses the rest."""
 
@@ -105,7 +107,7 @@ def _engines(
         EngineReplica,
         name="engine",
         num_replicas=num,
-        ray_actor_options=_resources(num, llm_options["device"], ray.cluster_resources()),
+        ray_actor_options=resources(num, llm_options["device"], ray.cluster_resources()),
         max_ongoing_requests=_NO_LIMIT,
         health_check_period_s=_HEALTH_CHECK_S,
         graceful_shutdown_wait_loop_s=0.1,
@@ -143,7 +145,7 @@ def _router_config(settings: ReplicaSettings) -> RequestRouterConfig:
     )
 
 
-def _resources(num_replicas: int, device: str, cluster: dict[str, float]) -> dict[str, float]:
+def resources(num_replicas: int, device: str, cluster: dict[str, float]) -> dict[str, float]:
     """What Ray sets aside for each replica: a GPU if there are any, else its share of the cores."""
     num_gpus = int(cluster.get("GPU", 0))
     if ":" in device:
@@ -159,4 +161,5 @@ def _resources(num_replicas: int, device: str, cluster: dict[str, float]) -> dic
             )
         return {"num_gpus": 1, "num_cpus": 1}
     share = cluster.get("CPU", 1.0) / num_replicas
-    return {"num_cpus": share if share < 1 else int(share)}
+    unit = 1.0 if share >= 1 else _LEAST_SHARE
+    return {"num_cpus": int(share / unit) * unit}
