@@ -21,7 +21,7 @@ from .measured import DATA
 LAUNCH_US, KERNEL_US = 19.3, 4.2
 """M1's decode step: 7.18 ms and 1.57 ms of kernels over 372 launches (note 01, 6)."""
 GRAPH_KERNEL_US = 3.2
-"""m4_flash's: 0.86 ms over 265 kernels and copies (note 04, 6)."""
+"""m4_flash's: 0.86 ms over 265 kernels and copies (note 04b, 6)."""
 _END = Font(size=12, anchor="end")
 
 
