@@ -1,10 +1,7 @@
-"""An engine that is watched, paused and stepped: in this process, and in one of its own."""
-
-import asyncio
+"""An engine that is watched, paused and stepped, as its process does it."""
 
 import pytest
 
-import m6_prefix
 from folovllm.model.loader import load_model
 from folovllm.request import SamplingParams
 from folovllm.testing.async_contract import write_model_with_tokenizer
@@ -13,8 +10,7 @@ from folovllm.testing.driver import make_requests
 pytest.importorskip("zmq")
 pytest.importorskip("msgspec")
 
-from folovllm.entrypoints.async_llm import AsyncLLM
-from folovllm.entrypoints.core_messages import Pause, Resume, Snapshot, StepOnce, Unwatch, Watch
+from folovllm.entrypoints.core_messages import Pause, Resume, StepOnce, Unwatch, Watch
 from folovllm.entrypoints.live.engine_watch import INTERVAL_S, EngineWatch
 from m6_prefix.config import EngineConfig
 from m6_prefix.engine import LLMEngine
@@ -95,44 +91,3 @@ def test_paused_engine_owes_a_step_per_click_and_tells_of_each(watch):
     watch.act_on(StepOnce())
     assert not watch.may_step
     assert watch.take_snapshot().story == ["Nothing to do: no request is unfinished."]
-
-
-def test_engine_in_its_own_process_stands_still_and_takes_and_drops_requests(directory):
-    async def run():
-        snapshots: asyncio.Queue[Snapshot] = asyncio.Queue()
-        options = {**OPTIONS, "async_scheduling": False, "dtype": "float32", "device": "cpu"}
-
-        async def until(is_it):
-            while not is_it(snapshot := await asyncio.wait_for(snapshots.get(), 10)):
-                pass
-            return snapshot
-
-        async with AsyncLLM(m6_prefix.LLM, directory, **options) as llm:
-            llm.watch(snapshots.put_nowait)
-            llm.pause()
-            params = SamplingParams(max_tokens=5, ignore_eos=True, temperature=0)
-            (kept,) = await llm.start(["Hello world"], params)
-            (dropped,) = await llm.start(["lazy dog"], params)
-            seen = await until(lambda s: len(s.view.requests) == 2)
-            assert seen.is_paused and seen.num_steps == 0
-            assert {request.status for request in seen.view.requests} == {"waiting"}
-            with pytest.raises(ValueError, match="max_model_len"):
-                await llm.start([[5] * 200], params)
-            dropped.close()
-            await until(lambda s: len(s.view.requests) == 1)
-            for number in range(1, 4):
-                llm.step_once()
-                seen = await until(lambda s: s.story)
-                assert seen.num_steps == number
-                assert [plan.number for plan in seen.planned] == [number]
-                assert seen.view.requests[0].num_blocks == sum(
-                    c > 2 for c in seen.view.memory.cells
-                )
-            assert kept.prompt.num_output_tokens == 3
-            llm.resume()
-            assert [output.finished async for output in kept][-1]
-            seen = await until(lambda s: not s.view.requests)
-            assert not seen.is_paused
-            llm.pause()  # an engine that is told to end while it is paused ends
-
-    asyncio.run(run())

@@ -14,10 +14,12 @@ import uvicorn
 
 from ...sampling_params import SamplingParams
 from ..async_llm import AsyncLLM
+from ..engine_observer import EngineObserver
 from ..llm import DEFAULT_MODEL, LLM
 from .app import make_app
 from .event_stream import with_direct_send
 from .metrics import EngineMetrics
+from .page.routes import add_page
 from .service import Service
 from .settings import ServerSettings
 
@@ -62,17 +64,21 @@ async def _serve(
 ) -> int:
     name = served_name(model, settings)
     metrics = EngineMetrics(name)
+    observers: list[EngineObserver] = [metrics]
     llm = AsyncLLM(
         llm_class,
         model,
         max_queue_len=settings.max_queue_len,
         step_timeout_s=settings.step_timeout_s,
-        observers=[metrics],
+        observers=observers,
         **llm_options,
     )
     async with llm:
         service = make_service(llm, name, settings)
         app = make_app(service, metrics, settings)
+        if settings.page != "off" and llm.facts.can_be_watched:
+            stage = llm_class.engine_class.__module__.partition(".")[0]
+            observers.append(add_page(app, service, stage, settings))
         await serve_until_told(app, service, name, settings, listener, llm.died)
         has_died = llm.died.is_set()
     if has_died:

@@ -139,7 +139,10 @@ class Service:
             if body.stream:
                 is_streaming = True
                 chunks = answer.stream(body.stream_options)
-                return EventStream(chunks, self._delivery, lambda: self._end_call(answer))
+                stream = EventStream(chunks, self._delivery, lambda: self._end_call(answer))
+                # So that the page can say which of the engine's requests this one is.
+                stream.headers["x-engine-request-id"] = streams[0].prompt.request_id
+                return stream
             try:
                 content = await while_connected(request.receive, answer.whole())
             finally:

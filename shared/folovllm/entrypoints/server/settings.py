@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from ...setting_checks import check_field_types, require_int
 
+PAGES = ("auto", "control", "watch", "off")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
@@ -41,9 +43,16 @@ class ServerSettings:
     step_timeout_s: float | None = 300.0
     """An engine that is longer in one step hangs: all get an error, and the server ends. Generous,
     since first steps may compile kernels; a long prompt in one piece on a CPU may need more."""
+    page: str = "auto"
+    """The page at / that shows the engine at work: control (all who come in may pause and step it),
+    watch (nobody may), off; auto is control with a key or at a loopback address, else watch."""
+    pause_timeout_s: float = 300.0
+    """A paused engine goes on by itself after so long without a click."""
 
     def __post_init__(self) -> None:
         check_field_types(self)
+        if self.page not in PAGES:
+            raise ValueError(f"page must be one of {', '.join(PAGES)}, got {self.page!r}")
         if self.generation_config not in ("auto", "vllm"):
             raise ValueError(
                 f"generation_config must be auto or vllm, got {self.generation_config!r}"
@@ -56,7 +65,7 @@ class ServerSettings:
             require_int(name, getattr(self, name), 1)
         for name in ("max_stop_strings", "max_logprobs"):
             require_int(name, getattr(self, name), 0)
-        for name in ("body_timeout_s", "drain_timeout_s", "step_timeout_s"):
+        for name in ("body_timeout_s", "drain_timeout_s", "step_timeout_s", "pause_timeout_s"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

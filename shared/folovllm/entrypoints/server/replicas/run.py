@@ -48,6 +48,8 @@ def run_replicas(
 
     ValueError if an engine cannot be started, or if the cluster has too few GPUs for all of them.
     """
+    if settings.page in ("control", "watch"):
+        raise ValueError("the page shows one engine; leave --page out, or serve without replicas")
     listener = listen(settings)
     with (
         _cluster(replica_settings.ray_address),
