@@ -185,6 +185,7 @@ def test_metrics_of_all_engines_are_one_text():
         ({"ray_address": "auto"}, "ray_address has no effect with one"),
         ({"replicas": 2, "routing": "random"}, "prefix, round-robin"),
         ({"replicas": 2, "max_load_gap": -1}, "max_load_gap"),
+        ({"replicas": 2, "ray_address": "ray://head:10001"}, "auto or HOST:PORT"),
         ({"replicas": 2, "routing": "round-robin", "max_load_gap": 1}, "no effect with round"),
     ],
 )

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -218,6 +219,14 @@ def test_every_replica_gets_a_gpu_or_its_share_of_the_cores(
     else:
         with pytest.raises(ValueError, match=expected):
             resources(num_replicas, device, cluster)
+
+
+def test_cluster_that_is_not_there_is_said_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    command = [sys.executable, "-c", MAIN, "serve", "--replicas", "2", "--ray-address", address]
+    done = subprocess.run([*command, "--port", "0"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and f"nothing answers at ray_address {address}" in done.stderr
 
 
 def test_mistake_is_one_line():

@@ -1,9 +1,11 @@
 """How many engines a server has, and which of them gets a call."""
 
+import re
 from dataclasses import dataclass
 
 from ...setting_checks import check_field_types, require_int
 
+_ADDRESS = re.compile(r"[^\s/]+:\d+")
 ROUTINGS = ("prefix", "round-robin")
 
 
@@ -37,3 +39,5 @@ class ReplicaSettings:
             require_int("max_load_gap", self.max_load_gap, 0)
             if self.routing == "round-robin":
                 raise ValueError("max_load_gap has no effect with round-robin; leave it out")
+        if self.ray_address not in (None, "auto") and not _ADDRESS.fullmatch(self.ray_address):
+            raise ValueError(f"ray_address must be auto or HOST:PORT, got {self.ray_address!r}")

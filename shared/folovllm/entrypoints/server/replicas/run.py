@@ -31,6 +31,7 @@ _HEALTH_CHECK_S = 1.0
 """How long it may take until a replica that is gone begins to be replaced."""
 _OBJECT_STORE_BYTES = 80 << 20
 """About the least that Ray takes; nothing of ours goes through it."""
+_REACH_S = 5.0
 _LEAST_SHARE = 1 / 64
 """Of a core; Ray counts ten-thousandths, and three rounded thirds are more than one."""
 _NO_LIMIT = 1 << 20
@@ -78,8 +79,10 @@ async def _serve(
 def _cluster(address: str | None) -> Iterator[None]:
     """Be part of a cluster; of one on this machine that ends behind the block, where none is named.
 
-    ConnectionError, which is an OSError, if there is no cluster at the address.
+    OSError if there is nothing at the address.
     """
+    if address not in (None, "auto"):
+        _check_reachable(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray asks for it nowhere else
     own: dict[str, Any] = {
         "include_dashboard": False,
@@ -92,6 +95,15 @@ def _cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
+    except OSError as error:
+        raise OSError(f"nothing answers at ray_address {address}: {error}") from error
 
 
 @contextmanager
