@@ -7,7 +7,7 @@ from .table import markdown_table
 
 RESULTS_FOLDER = Path("compare/results")
 """Named again: `publish` draws charts, and the book is built where matplotlib is not."""
-CHARTS = ("throughput", "timeline", "latency", "memory", "token-gaps")
+CHARTS = ("throughput", "timeline", "latency", "memory", "token-gaps", "ttft-over-hit")
 """Those that a page shows; the report beside them has all."""
 
 

@@ -12,6 +12,7 @@ from .bars import latency, memory, throughput
 from .block_map import block_map, has_block_map
 from .cdf import latency_cdf
 from .gaps import has_gaps, token_gaps
+from .hits import has_hits, ttft_over_hit
 from .timeline import has_steps, timeline
 
 Chart = Callable[[Sequence[Result]], Figure]
@@ -27,7 +28,8 @@ def draw_all(results: Sequence[Result], folder: Path) -> list[Path]:
     """Draw every chart of one device and workload into `folder` as PNG; returns the files.
 
     `results` are in ladder order; the timeline needs at least one with steps, the token gaps one
-    with late requests. Every stage whose cache is cut into blocks gets a block map of its own.
+    with late requests, the TTFT over the hit one with prompts of which parts are cached. Every
+    stage whose cache is cut into blocks gets a block map of its own.
     """
     if not results:
         raise ValueError("no results to draw; run `python -m compare run` first")
@@ -51,6 +53,8 @@ def charts_of(results: Sequence[Result]) -> dict[str, Chart]:
         charts["timeline"] = timeline
     if any(has_gaps(result) for result in results):
         charts["token-gaps"] = token_gaps
+    if any(has_hits(result) for result in results):
+        charts["ttft-over-hit"] = ttft_over_hit
     for result in filter(has_block_map, results):
         charts[f"block-map-{result['stage']}"] = partial(_block_map_of, result)
     return charts

@@ -7,6 +7,7 @@ from compare.charts import draw_all
 from compare.charts.bars import memory_parts
 from compare.charts.block_map import MAX_ROWS, OWNER_COLOURS, block_map
 from compare.charts.gaps import has_gaps, token_gaps
+from compare.charts.hits import has_hits, ttft_over_hit
 from compare.charts.style import PEER_COLOURS, STAGE_COLOURS, needs_log
 from compare.report import write_report
 from compare.tests.synthetic import make_run, with_blocks, with_late_request
@@ -130,3 +131,17 @@ def test_every_stage_and_peer_has_a_colour_of_its_own():
 
 def test_scale_is_logarithmic_only_where_a_bar_would_vanish():
     assert needs_log([1.0, 50.0]) and not needs_log([1.0, 3.0]) and not needs_log([0.0, 3.0])
+
+
+def test_ttft_stands_over_the_cached_part_of_the_prompt():
+    run = make_run("m6_prefix")
+    groups = ["hit 90%", "cold", "hit 50%", None]
+    for number, request in enumerate(run["requests"]):
+        request["group"] = groups[number % 4]
+    run["requests"][0] |= {"arrival_s": 1.0, "first_token_s": 1.25}
+    assert not has_hits(make_run())
+    (axes,) = ttft_over_hit([make_run(), run]).axes
+    lines = [line for line in axes.lines if line.get_linestyle() != "None"]
+    assert [list(line.get_xdata()) for line in lines] == [[0.0, 0.5, 0.9]]
+    dots = {(x, y) for line in axes.lines for x, y in zip(*line.get_data(), strict=True)}
+    assert (0.9, 0.25) in dots
