@@ -29,7 +29,8 @@ def test_answer_takes_a_minute_or_two_and_names_its_place(question):
     answer = answers()[question]
     num_words = len(re.sub(r"\]\([^)]*\)", "]", answer).split())
     assert 100 <= num_words <= 250
-    assert re.search(r"\]\((0\d[ab]?_|advanced/|README|\.\./dev/|code/)", answer), "no note or log behind it"
+    places = r"\]\((0\d[ab]?_|advanced/|README|\.\./dev/|code/)"
+    assert re.search(places, answer), "no note or log behind it"
 
 
 def test_links_lead_somewhere():
