@@ -1,6 +1,7 @@
 """What an engine holds at one moment, small enough to be sent to somebody who watches."""
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,40 +123,27 @@ def _view_slots(requests: list[Request], manager: Any) -> MemoryView:
 def _view_blocks(requests: list[Request], manager: Any) -> MemoryView:
     num_blocks = manager.pool.num_blocks
     cache = manager.prefix_cache if getattr(manager, "is_caching", False) else None
+    tables = [manager.block_tables.get(request.request_id, ()) for request in requests]
+    ids = np.fromiter(chain.from_iterable(tables), dtype=np.int64)
+    owners = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    is_shared = (np.bincount(ids, minlength=num_blocks) > 1)[ids]
     units = np.zeros(num_blocks, dtype=np.int32)
     if cache is not None:
         units[list(cache.idle)] = CACHED
+    units[ids] = np.where(is_shared, SHARED, FIRST_REQUEST + owners)
     stride = _stride(num_blocks)
     holders: dict[int, list[int]] = {}
-    for index, request in enumerate(requests):
-        table = manager.block_tables.get(request.request_id)
-        if not table:
-            continue
-        ids = np.array(table)
-        is_taken = units[ids] >= SHARED
-        units[ids] = np.where(is_taken, SHARED, FIRST_REQUEST + index)
-        for block_id in ids[is_taken].tolist() if stride == 1 else ():
-            holders.setdefault(block_id, []).append(index)
-    kept = [] if cache is None or stride > 1 else sorted(cache.nodes.keys() - cache.idle.keys())
+    kept: list[int] = []
+    if stride == 1:
+        pairs = zip(ids[is_shared].tolist(), owners[is_shared].tolist(), strict=True)
+        for block_id, owner in pairs:
+            holders.setdefault(block_id, []).append(owner)
+        kept = [] if cache is None else sorted(cache.nodes.keys() - cache.idle.keys())
     return MemoryView(
         unit="block", num_units=num_blocks, unit_len=manager.block_size, stride=stride,
-        cells=_cells(units, stride), holders=_all_holders(requests, manager, holders), kept=kept,
+        cells=_cells(units, stride), holders=holders, kept=kept,
         num_free=manager.num_free_blocks, num_cached=None if cache is None else len(cache.idle),
     )  # fmt: skip
-
-
-def _all_holders(
-    requests: list[Request], manager: Any, later: dict[int, list[int]]
-) -> dict[int, list[int]]:
-    """With the first holder of each, whom nobody had come before."""
-    if not later:
-        return {}
-    complete: dict[int, list[int]] = {block_id: [] for block_id in later}
-    for index, request in enumerate(requests):
-        for block_id in manager.block_tables.get(request.request_id, ()):
-            if block_id in complete:
-                complete[block_id].append(index)
-    return complete
 
 
 def _stride(num_units: int) -> int:

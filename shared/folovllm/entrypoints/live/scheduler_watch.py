@@ -103,38 +103,36 @@ class SchedulerWatch:
     def _ask_with(self, ask: Callable[..., Any]) -> Callable[..., Any]:
         """A method that says None where there is no room, but in a stage that always has some."""
         manager = self._manager
+        if not hasattr(manager, "pool") and not hasattr(manager, "slots"):
+            return ask
         is_swap_in = ask.__name__ == "swap_in"
-        may_refuse = hasattr(manager, "pool") or hasattr(manager, "slots")
 
         def watched(request: Request, number: int, num_spare_blocks: int = 0) -> Any:
-            if not hasattr(manager, "pool"):
-                answer = ask(request, number)
-                num_needed, num_spare = None, 0
-            elif is_swap_in:
-                num_needed = len(manager.swapped_block_tables[request.request_id])
-                num_spare, num_free = number, manager.num_free_blocks
-                answer = ask(request, number)
-            else:
-                num_needed = self._count_needed(request, number)
-                num_spare, num_free = num_spare_blocks, manager.num_free_blocks
-                answer = ask(request, number, num_spare_blocks)
-            if answer is None and may_refuse:
-                free = None if num_needed is None else num_free
-                self._refuse(request, Refusal(request.request_id, num_needed, num_spare, free))
+            more = (num_spare_blocks,) if num_spare_blocks else ()
+            answer = ask(request, number, *more)
+            if answer is None and is_swap_in:
+                num_blocks = len(manager.swapped_block_tables[request.request_id])
+                self._refuse(request, num_blocks, number)
+            elif answer is None:  # and nothing has changed
+                self._refuse(request, self._count_needed(request, number), num_spare_blocks)
             return answer
 
         return watched
 
-    def _refuse(self, request: Request, refusal: Refusal) -> None:
-        self._refusals[request.request_id] = refusal
+    def _refuse(self, request: Request, num_needed: int | None, num_spare: int) -> None:
+        name = request.request_id
+        refusal = Refusal(name, num_needed, num_spare, self._num_free())
+        self._refusals[name] = refusal
         if request.status is RequestStatus.RUNNING:  # then the last of them gives way
             last = self._scheduler.running[-1]
             num_blocks = len(self._manager.block_tables[last.request_id])
             self._victims.append(_Victim(last, num_blocks, refusal))
 
-    def _count_needed(self, request: Request, num_new_tokens: int) -> int:
+    def _count_needed(self, request: Request, num_new_tokens: int) -> int | None:
         """Blocks that `allocate_slots` takes from the free ones: new ones, and copies of shared."""
         manager = self._manager
+        if not hasattr(manager, "pool"):
+            return None
         table = manager.block_tables.get(request.request_id, [])
         first = request.num_computed_tokens // manager.block_size
         num_blocks = -(-(request.num_computed_tokens + num_new_tokens) // manager.block_size)
