@@ -14,6 +14,7 @@ if not HAS_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
 
 from folovllm.kernels import few_rows, fused, reference  # noqa: E402
 
+pytestmark = pytest.mark.no_cover  # Triton's interpreter takes twice as long under coverage
 DEVICE = "cuda" if HAS_CUDA else "cpu"
 DTYPES = [torch.float16] + ([torch.bfloat16] if HAS_CUDA else [])
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -36,8 +36,8 @@ def make_request(name: str, prompt_len: int, max_tokens: int = 4, **fields: Any)
     )
 
 
-LINE_STRIDE = 3
-"""Interrupts are tried at every third line: all of them take minutes (set it to 1 for that)."""
+LINE_STRIDE = 7
+"""Interrupts are tried at every seventh line: all of them take minutes (set it to 1 for that)."""
 
 
 class SchedulerContract:
