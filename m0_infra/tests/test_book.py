@@ -8,7 +8,7 @@ import pytest
 from m0_infra.book.links import rewrite_links, site_path, with_ids_of
 from m0_infra.book.tree import BookTree, write_book
 from m0_infra.stages import load_stages
-from m0_infra.tests.notes import anchors, links
+from m0_infra.tests.notes import LEARN, anchors, links, num_words, read
 
 ROOT = Path(__file__).resolve().parents[2]
 MADE_ELSEWHERE = {f"results/{path.name}.md" for path in (ROOT / "compare/results").iterdir()}
@@ -100,6 +100,14 @@ def test_every_link_between_pages_has_its_target_and_its_heading(tree):
             ):
                 dead.append((place, target))
     assert dead == []
+
+
+NOTES = sorted(path.name for path in LEARN.glob("0*.md") if not path.name.endswith(".zh.md"))
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_note_is_read_in_an_hour(note):
+    assert num_words(read(note)) <= 5000, "move what goes deeper to docs/learn/advanced"
 
 
 def test_code_with_backticks_stays_in_its_block(tree):
