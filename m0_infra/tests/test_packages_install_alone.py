@@ -33,9 +33,9 @@ BROUGHT_BY = {
     "uvloop": "uvicorn",
     "zmq": "pyzmq",
 }
-# Never asked for, used where somebody installed them: other engines, the driver's counters, and
-# FlashAttention-3, which no index has under a name of its own.
-WHERE_INSTALLED = {"vllm", "nanovllm", "pynvml", "flash_attn_interface"}
+# Never asked for, used where somebody installed them: other engines, the driver's counters,
+# FlashAttention-3, which no index has under a name of its own, and what tests call a server with.
+WHERE_INSTALLED = {"vllm", "nanovllm", "pynvml", "flash_attn_interface", "httpx"}
 
 
 def project_folder(package: str) -> Path:
