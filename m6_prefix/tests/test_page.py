@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from folovllm.testing.async_contract import write_model_with_tokenizer
-from folovllm.testing.stage_server import stage_server
+from folovllm.testing.server_process import ServerProcess, serving
 
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 httpx = pytest.importorskip("httpx")
@@ -25,7 +25,8 @@ def server(tmp_path_factory):
     directory = write_model_with_tokenizer(tmp_path_factory.mktemp("model"))
     flags = ["--api-key", "swordfish", "--max-model-len", "128", "--kv-cache-bytes", "1MiB"]
     flags += ["--max-num-batched-tokens", "32", "--max-num-seqs", "4", "--device", "cpu"]
-    with stage_server("m6_prefix", directory, *flags) as served:
+    log = directory / "server.log"
+    with ServerProcess(serving("m6_prefix"), directory, log, *flags) as served:
         yield served
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from folovllm.testing.async_contract import write_model_with_tokenizer
-from folovllm.testing.stage_server import stage_server
+from folovllm.testing.server_process import ServerProcess, serving
 
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 playwright = pytest.importorskip(
@@ -25,7 +25,8 @@ def url(tmp_path_factory):
     directory = write_model_with_tokenizer(tmp_path_factory.mktemp("model"))
     flags = ["--max-model-len", "128", "--kv-cache-bytes", "1MiB", "--device", "cpu"]
     flags += ["--api-key", "swordfish", "--max-num-seqs", "4", "--max-num-batched-tokens", "32"]
-    with stage_server("m6_prefix", directory, *flags) as served:
+    log = directory / "server.log"
+    with ServerProcess(serving("m6_prefix"), directory, log, *flags) as served:
         yield served.url
 
 

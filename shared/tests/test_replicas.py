@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from folovllm.testing.server_process import SERVED_LLM, ServerProcess
 from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
@@ -21,29 +22,16 @@ openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.ray
 
-MAIN = (
-    "import sys; from folovllm.cli.main import main; "
-    "from folovllm.testing.served_llm import ServedLLM; sys.exit(main(ServedLLM, sys.argv[1:]))"
-)
 KEY = "swordfish-1"
 
 
-class Replicas:
-    """A server of two engines, in processes of its own."""
+class Replicas(ServerProcess):
+    """A server of two engines."""
 
     def __init__(self, log, *flags):
-        self.log = log
         tokenizer = save_byte_level_tokenizer(log.parent)
-        command = [sys.executable, "-c", MAIN, "serve", "--model", str(tokenizer), "--port", "0"]
-        command += ["--replicas", "2", "--served-model-name", "toy", "--api-key", KEY, *flags]
-        self.process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
-        end = time.perf_counter() + 120
-        while (found := re.search(r"http://127.0.0.1:\d+", log.read_text())) is None:
-            assert self.process.poll() is None and time.perf_counter() < end, log.read_text()
-            time.sleep(0.05)
-        self.url = found[0]
-        headers = {"Authorization": f"Bearer {KEY}"}
-        self.http = httpx.Client(base_url=self.url, timeout=60, headers=headers)
+        flags = ("--replicas", "2", "--api-key", KEY, *flags)
+        super().__init__(SERVED_LLM, tokenizer, log, *flags, api_key=KEY, start_s=120)
 
     def metric(self, name):
         """Engine -> value; engines without one are missing."""
@@ -80,12 +68,8 @@ class Replicas:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    served = Replicas(tmp_path_factory.mktemp("server") / "log", "--step-ms", "2")
-    yield served
-    served.http.close()
-    if served.process.poll() is None:
-        served.process.send_signal(signal.SIGTERM)
-    assert served.process.wait(60) == 0, served.log.read_text()
+    with Replicas(tmp_path_factory.mktemp("server") / "log", "--step-ms", "2") as served:
+        yield served
 
 
 def test_conversations_stay_with_their_engine_and_others_are_spread(server):
@@ -224,13 +208,22 @@ def test_every_replica_gets_a_gpu_or_its_share_of_the_cores(
 def test_cluster_that_is_not_there_is_said_at_once():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-    command = [sys.executable, "-c", MAIN, "serve", "--replicas", "2", "--ray-address", address]
+    command = [
+        sys.executable,
+        "-c",
+        SERVED_LLM,
+        "serve",
+        "--replicas",
+        "2",
+        "--ray-address",
+        address,
+    ]
     done = subprocess.run([*command, "--port", "0"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and f"nothing answers at ray_address {address}" in done.stderr
 
 
 def test_mistake_is_one_line():
-    command = [sys.executable, "-c", MAIN, "serve", "--replicas", "2", "--port", "0"]
+    command = [sys.executable, "-c", SERVED_LLM, "serve", "--replicas", "2", "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Self
 
 
 def serving(module: str, llm_class: str = "LLM") -> str:
@@ -18,20 +19,30 @@ def serving(module: str, llm_class: str = "LLM") -> str:
 
 SERVED_LLM = serving("folovllm.testing.served_llm", "ServedLLM")
 """That of the model that repeats the prompt."""
-_START_S = 60.0
-_END_S = 20.0
+_END_S = 60.0
 
 
 class ServerProcess:
-    """Started, and reachable, when this is made; must be stopped."""
+    """Started, and reachable, when this is made; as a context manager it is stopped at the end."""
 
-    def __init__(self, program: str, model: Path, log: Path, *flags: str) -> None:
-        """program: of `serving`, or SERVED_LLM; log: a file for all that it writes."""
+    def __init__(
+        self,
+        program: str,
+        model: Path,
+        log: Path,
+        *flags: str,
+        api_key: str | None = None,
+        start_s: float = 90.0,
+    ) -> None:
+        """program: of `serving`, or SERVED_LLM; log: a file for all that it writes.
+
+        api_key: what `http` sends; start_s: seconds that it may take to listen.
+        """
         self.log = log
         command = [sys.executable, "-c", program, "serve", "--model", str(model)]
         command += ["--port", "0", "--served-model-name", "toy", *flags]
         self.process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
-        end = time.perf_counter() + _START_S
+        end = time.perf_counter() + start_s
         while (found := re.search(r"http://127.0.0.1:(\d+)", log.read_text())) is None:
             assert self.process.poll() is None and time.perf_counter() < end, log.read_text()
             time.sleep(0.05)
@@ -39,7 +50,14 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         import httpx  # no package that folovllm needs
 
-        self.http = httpx.Client(base_url=self.url, timeout=20)
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self.http = httpx.Client(base_url=self.url, timeout=60, headers=headers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
 
     def metric(self, name: str) -> float:
         """A sample of the one engine that there is."""
@@ -58,7 +76,11 @@ class ServerProcess:
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
     def stop(self) -> None:
-        """With SIGTERM; it must end as a server that nothing is wrong with."""
+        """With SIGTERM, unless it has ended; it must end as a server that nothing is wrong with."""
         self.http.close()
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(_END_S) == 0, self.log.read_text()
+        try:
+            assert self.process.wait(_END_S) == 0, self.log.read_text()
+            assert "Traceback" not in self.log.read_text(), self.log.read_text()
+        finally:
+            self.process.kill()
