@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
-from .output_processor import PromptState
-from .outputs import CompletionOutput, RequestOutput, RequestOutputKind
+from .output_processor import CompletionState, PromptState
+from .outputs import RequestOutput, RequestOutputKind
 
 
 class EngineDeadError(RuntimeError):
@@ -60,7 +60,7 @@ class AsyncOutputStream:
     """The outputs of one prompt whose requests are in the engine; `async for` reads them.
 
     Whoever reads slowly gets more in one output: what it has not read is kept once, as tokens.
-    One reader of many streams has itself told of news (`ring_with`) and asks for `take_deltas`.
+    One reader of many streams has itself told of news (`ring_with`) and asks `with_news` for them.
     """
 
     def __init__(self, prompt: PromptState, kind: RequestOutputKind, source: OutputSource) -> None:
@@ -100,17 +100,18 @@ class AsyncOutputStream:
         """Call this, and wake nobody, whenever something happens; instead of `async for`."""
         self._ring = ring
 
-    def take_deltas(self) -> list[CompletionOutput]:
-        """Of a stream of deltas, what the next output would hold; [] if there is nothing new.
+    def with_news(self) -> Sequence[CompletionState]:
+        """Of a stream of deltas, the completions that have one now; all of these must be taken.
 
         EngineDeadError if there will be none.
         """
-        if not self._has_news():
+        prompt = self.prompt
+        if prompt.num_output_tokens == self._num_seen:
             if not self._is_closed:
                 self._source.check_alive()
-            return []
+            return ()
         self._note_seen()
-        return self.prompt.take_deltas()
+        return prompt.with_news()
 
     def close(self) -> None:
         """Abort what is not finished of it; nothing comes after that."""

@@ -22,7 +22,8 @@ class CompletionState:
         params = request.sampling_params
         self.request = request
         self.finish_reason: FinishReason | None = None
-        self._index = index
+        self.index = index
+        """Which of the prompt's `n` completions this is."""
         tokenizer = tokenizer if params.detokenize else None
         self._tokenizer = tokenizer
         self._detokenizer = (
@@ -41,12 +42,22 @@ class CompletionState:
         self._logprobs: list[dict[int, Logprob]] = []
         self._cumulative_logprob = 0.0
         self._num_taken_tokens = 0
-        """Those that `take_delta` has handed out."""
+        """Those that were handed out."""
         self._stop_reason: int | str | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self._token_ids)
+
+    @property
+    def num_taken_tokens(self) -> int:
+        """Tokens that somebody has got to see."""
+        return self._num_taken_tokens
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there are tokens that nobody has got to see."""
+        return self._num_taken_tokens != len(self._token_ids)
 
     def append(self, token: TokenOutput) -> None:
         """Take the next token; sets `finish_reason` if the engine or a stop string ends here."""
@@ -71,6 +82,7 @@ class CompletionState:
         """A copy of the present state."""
         text = self._text()
         self._text_parts = [text]
+        self._num_taken_tokens = len(self._token_ids)
         return self._output(text, first=0)
 
     def take_delta(self) -> CompletionOutput | None:
@@ -78,13 +90,17 @@ class CompletionState:
 
         A completion is read by this or by `output`, not by both.
         """
-        first = self._num_taken_tokens
-        if first == len(self._token_ids):
+        if not self.has_news:
             return None
+        first = self._num_taken_tokens
+        return self._output(self.take_text(), first)
+
+    def take_text(self) -> str:
+        """The text of `take_delta`, for whoever asks for nothing else."""
         text = self._text()
         self._text_parts = []
         self._num_taken_tokens = len(self._token_ids)
-        return self._output(text, first)
+        return text
 
     def _text(self) -> str:
         if not self._is_text_complete:
@@ -98,7 +114,7 @@ class CompletionState:
         if with_logprobs:
             self._describe_logprobs()
         return CompletionOutput(
-            index=self._index,
+            index=self.index,
             text=text,
             token_ids=self._token_ids[first:],
             cumulative_logprob=self._cumulative_logprob if with_logprobs else None,
@@ -166,6 +182,8 @@ class PromptState:
 
     @property
     def finished(self) -> bool:
+        if self.completions[0].finish_reason is None:  # the usual answer, to a frequent question
+            return False
         return all(completion.finish_reason is not None for completion in self.completions)
 
     @property
@@ -177,6 +195,11 @@ class PromptState:
     def num_cached_tokens(self) -> int:
         """Tokens of the prompt that the engine had not to compute."""
         return self.completions[0].request.num_cached_tokens or 0
+
+    @property
+    def num_taken_tokens(self) -> int:
+        """Output tokens that somebody has got to see, of all completions together."""
+        return sum([completion.num_taken_tokens for completion in self.completions])
 
     def record_token(self, now: float) -> None:
         """Note that a completion got a token at this time, in seconds."""
@@ -211,14 +234,14 @@ class PromptState:
 
         The list of the prompt's tokens is no copy; its log-probabilities come once.
         """
-        outputs = self.take_deltas()
+        deltas = [completion.take_delta() for completion in self.completions]
+        outputs = [delta for delta in deltas if delta is not None]
         new = self.prompt_logprobs() if self._prompt_logprobs is None else None
         return self._output(outputs, self._prompt.token_ids, new)
 
-    def take_deltas(self) -> list[CompletionOutput]:
-        """The part of `take_delta` that says what is new of the completions."""
-        deltas = [completion.take_delta() for completion in self.completions]
-        return [delta for delta in deltas if delta is not None]
+    def with_news(self) -> list[CompletionState]:
+        """The completions of which `take_delta` has not told all."""
+        return [completion for completion in self.completions if completion.has_news]
 
     def _output(
         self,

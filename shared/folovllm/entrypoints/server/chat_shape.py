@@ -17,6 +17,8 @@ class ChatShape:
     def __init__(self, body: ChatBody) -> None:
         self._num_top = body.top_logprobs or 0
         self._with_token_ids = bool(body.return_token_ids)
+        self.shows_output = True
+        self.has_plain_deltas = not body.logprobs and not body.return_token_ids
 
     def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Any:
         message = {"role": "assistant", "content": completion.text}

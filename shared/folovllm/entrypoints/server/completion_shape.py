@@ -27,12 +27,15 @@ class CompletionShape:
         self._with_token_ids = bool(body.return_token_ids)
         self._with_prompt_logprobs = body.prompt_logprobs is not None
         self._echoes_logprobs = bool(body.echo) and body.logprobs is not None
-        self._echoes_only = body.echoes_only
+        self.shows_output = not body.echoes_only
+        self.has_plain_deltas = (
+            self.shows_output and body.logprobs is None and not body.return_token_ids
+        )
         self._text_lens: dict[int, int] = {}
         """Index of a choice -> characters of its text so far, for `text_offset`."""
 
     def visible(self, completion: CompletionOutput) -> CompletionOutput:
-        if not self._echoes_only:
+        if self.shows_output:
             return completion
         logprobs = None if completion.logprobs is None else completion.logprobs[:0]
         return replace(

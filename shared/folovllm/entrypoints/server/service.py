@@ -16,6 +16,7 @@ from ..outputs import RequestOutputKind
 from ..prompts import Prompt, PromptInput, split_prompts
 from .answers import Answer, Shape
 from .chat_shape import ChatShape
+from .chunked_answer import ChunkedAnswer
 from .completion_shape import CompletionShape
 from .delivery import Delivery
 from .errors import ApiError, invalid_value
@@ -138,7 +139,7 @@ class Service:
             answer = Answer(shape, self.model_name, streams, params.n)
             if body.stream:
                 is_streaming = True
-                chunks = answer.stream(body.stream_options)
+                chunks = ChunkedAnswer(shape, streams, params.n, answer.head, body.stream_options)
                 stream = EventStream(chunks, self._delivery, lambda: self._end_call(answer))
                 # So that the page can say which of the engine's requests this one is.
                 stream.headers["x-engine-request-id"] = streams[0].prompt.request_id
