@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from folovllm.entrypoints.output_processor import CompletionState, OutputProcessor, PromptState
+from folovllm.entrypoints.output_processor import OutputProcessor
+from folovllm.entrypoints.output_state import CompletionState, PromptState
 from folovllm.entrypoints.prompts import Prompt, parse_prompt, split_prompts
 from folovllm.interfaces import StepOutput, StepStats, TokenOutput
 from folovllm.request import Request, SamplingParams

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from folovllm.entrypoints.output_processor import CompletionState, OutputProcessor, PromptState
+from folovllm.entrypoints.output_processor import OutputProcessor
+from folovllm.entrypoints.output_state import CompletionState, PromptState
 from folovllm.entrypoints.prompts import Prompt
 from folovllm.interfaces import StepOutput, StepStats, TokenLogprobs, TokenOutput
 from folovllm.request import FinishReason, Request, SamplingParams

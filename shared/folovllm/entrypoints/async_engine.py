@@ -25,7 +25,8 @@ from .core_messages import (
 )
 from .engine_observer import EngineObserver
 from .llm import LLM
-from .output_processor import OutputProcessor, PromptState
+from .output_processor import OutputProcessor
+from .output_state import PromptState
 
 
 class AsyncEngine:

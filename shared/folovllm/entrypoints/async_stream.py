@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
-from .output_processor import CompletionState, PromptState
+from .output_state import CompletionState, PromptState
 from .outputs import RequestOutput, RequestOutputKind
 
 

@@ -25,7 +25,7 @@ from .beam_search import (
 )
 from .default_sampling import default_sampling_params
 from .engine_options import build_config
-from .output_processor import PromptState
+from .output_state import PromptState
 from .output_stream import OutputStream
 from .outputs import RequestOutput
 from .progress import ThroughputBar

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from .output_processor import PromptState
+from .output_state import PromptState
 from .outputs import RequestOutput
 from .shared_engine import SharedEngine
 

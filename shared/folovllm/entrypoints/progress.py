@@ -6,7 +6,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from .output_processor import PromptState
+from .output_state import PromptState
 
 
 class ThroughputBar:

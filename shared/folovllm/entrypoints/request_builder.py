@@ -11,7 +11,7 @@ from ..setting_checks import is_int
 from ..text.bad_words import encode_bad_words
 from ..text.grammars import Grammar, GrammarCompiler
 from ..text.tokenizer import Tokenizer
-from .output_processor import CompletionState, PromptState
+from .output_state import CompletionState, PromptState
 from .prompts import Prompt, check_token_ids
 
 

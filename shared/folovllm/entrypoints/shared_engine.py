@@ -9,7 +9,8 @@ from typing import Any
 from ..interfaces import Engine, StepOutput
 from ..request import Request
 from .interrupts import interrupt_held_back
-from .output_processor import OutputProcessor, ProcessedStep, PromptState
+from .output_processor import OutputProcessor, ProcessedStep
+from .output_state import PromptState
 from .outputs import RequestOutput
 from .turns import Turns
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import msgspec
 
 from ..async_stream import AsyncOutputStream
-from ..output_processor import PromptState
+from ..output_state import PromptState
 from ..outputs import CompletionOutput, Logprob, RequestOutput
 
 _LEAST_LOGPROB = -9999.0

@@ -3,7 +3,7 @@
 from itertools import starmap
 from typing import Any
 
-from ..output_processor import PromptState
+from ..output_state import PromptState
 from ..outputs import CompletionOutput, Logprob, RequestOutput
 from .answers import finite, prompt_logprobs, token_text
 from .protocol import ChatBody

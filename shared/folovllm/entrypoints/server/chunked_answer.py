@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from ..async_stream import AsyncOutputStream
-from ..output_processor import CompletionState
+from ..output_state import CompletionState
 from ..outputs import CompletionOutput
 from .answers import Shape, usage_of
 from .errors import ApiError

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..output_processor import PromptState
+from ..output_state import PromptState
 from ..outputs import CompletionOutput, Logprob, RequestOutput
 from .answers import finite, prompt_logprobs, token_text
 from .protocol import CompletionBody
