@@ -12,6 +12,9 @@ pytest.importorskip("msgspec")
 
 from folovllm.entrypoints.core_messages import Pause, Resume, StepOnce, Unwatch, Watch
 from folovllm.entrypoints.live.engine_watch import INTERVAL_S, EngineWatch
+from folovllm.entrypoints.live.roofline import Roofline, step_work
+from folovllm.hardware import Ceilings
+from folovllm.model.cost import model_cost
 from m6_prefix.config import EngineConfig
 from m6_prefix.engine import LLMEngine
 
@@ -91,3 +94,22 @@ def test_paused_engine_owes_a_step_per_click_and_tells_of_each(watch):
     watch.act_on(StepOnce())
     assert not watch.may_step
     assert watch.take_snapshot().story == ["Nothing to do: no request is unfinished."]
+
+
+def test_roofline_of_a_step_counts_every_byte_and_operation_once(watch):
+    cost = model_cost(watch._engine.model_runner.model)
+    ceilings = Ceilings(copy_bytes_per_s=1e3, matmul_flops_per_s=1e30, dtype="float32")
+    watch._roofline = Roofline(cost, ceilings)
+    for message in (Watch(), Pause()):
+        watch.act_on(message)
+    watch.step()
+    assert watch.take_snapshot().least_s is None  # two were planned in it
+    watch.step()
+    # Step 3: two decodes, behind prompts of 20 and 9 tokens and one token each.
+    num_kv_tokens = (20 + 1) + (9 + 1) + 2
+    num_bytes = cost.weight_bytes_read + num_kv_tokens * cost.kv_bytes_per_token
+    (plan,) = watch._watch.take()[0]
+    assert watch.take_snapshot().least_s == pytest.approx(num_bytes / 1e3)
+    assert step_work(plan).num_attention_pairs == 22 + 11
+    slow = Ceilings(copy_bytes_per_s=1e30, matmul_flops_per_s=1.0, dtype="float32")
+    assert Roofline(cost, slow).least_s(plan) == cost.step_flops(step_work(plan))

@@ -25,6 +25,7 @@ def server(tmp_path_factory):
     directory = write_model_with_tokenizer(tmp_path_factory.mktemp("model"))
     flags = ["--api-key", "swordfish", "--max-model-len", "128", "--kv-cache-bytes", "1MiB"]
     flags += ["--max-num-batched-tokens", "32", "--max-num-seqs", "4", "--device", "cpu"]
+    flags += ["--measure-roofline"]
     log = directory / "server.log"
     with ServerProcess(serving("m6_prefix"), directory, log, *flags) as served:
         yield served
@@ -116,6 +117,7 @@ def test_paused_engine_takes_a_request_and_goes_step_by_step(server):
                 assert seen["num_steps"] == before + number
             assert re.match(r"Step \d+: request \d+ decodes one token\.", seen["story"][0])
             assert seen["planned"][0]["shares"][0]["is_decode"]
+            assert seen["least_s"] > 0 and seen["step_s"] > 0
             (request,) = seen["requests"]
             held = [cell for cell in seen["memory"]["cells"] if cell >= 2]
             assert request["status"] == "running" and len(held) == request["num_blocks"] > 0

@@ -85,11 +85,8 @@ def test_slow_reader_loses_the_oldest_events_and_no_memory_grows(monkeypatch):
         await read(events)
         empty = EngineView(requests=[], num_left_out=0, memory=None)
         for number in range(1000):
-            view._on_snapshot(
-                SimpleNamespace(
-                    num_steps=number, is_paused=False, view=empty, planned=[], story=[], step_s=None
-                )
-            )
+            told = {"num_steps": number, "is_paused": False, "view": empty, "planned": []}
+            view._on_snapshot(SimpleNamespace(**told, story=[], step_s=None, least_s=None))
         numbers = [(await read(events))["num_steps"] for _ in range(live_view._MAX_UNREAD)]
         assert numbers == list(range(1000 - live_view._MAX_UNREAD, 1000))
         await events.aclose()
@@ -151,5 +148,5 @@ def test_what_a_stage_has_not_is_said_with_a_reason(config, keeps_prefixes, abse
     facts = SimpleNamespace(
         engine_config=config, keeps_prefixes=keeps_prefixes, max_model_len=9, tokenizer_path=None
     )
-    told = stage_facts("m9", "toy", facts)["absent"]
+    told = stage_facts("m9", "toy", facts, has_roofline=False)["absent"]
     assert {name for name, reason in told.items() if reason} - {"roofline"} == absent

@@ -7,12 +7,12 @@ from typing import Any
 
 from ..hardware import Ceilings, describe_environment, device_slug, measure_ceilings
 from ..model.config import kv_bytes_per_token
+from ..model.cost import model_cost
 from ..model.transformer import CausalLM
 from ..workloads.workload import Workload
 from .blocks import block_section, prefix_section
 from .measure import Measurement, measure
 from .metrics import (
-    ModelCost,
     device_memory_parts,
     host_memory_parts,
     kv_utilisation,
@@ -22,7 +22,6 @@ from .prepare import run_gate, warm_up
 from .probes import Clock, PeakMemory, ProcessMemory, SystemClock
 from .recorder import check_fit
 from .report import (
-    attention_flops_per_pair,
     check_record,
     decode_step_summary,
     describe_workload,
@@ -135,7 +134,7 @@ def _resource_section(model: CausalLM, run: Measurement, ceilings: Ceilings) -> 
         "prefix_cache": prefix_section(stats),
         "gpu_utilisation": run.gpu_utilisation,
         "roofline_fraction": roofline_fraction(
-            _model_cost(model),
+            model_cost(model),
             step_works(run.record),
             duration_s=run.record.duration_s,
             copy_bytes_per_s=ceilings.copy_bytes_per_s,
@@ -157,20 +156,6 @@ def _describe_model(
         "weight_bytes": model.num_parameter_bytes,
         "kv_bytes_per_token": kv_bytes_per_token(model.config, model.dtype),
     }
-
-
-def _model_cost(model: CausalLM) -> ModelCost:
-    config = model.config
-    table = config.vocab_size * config.hidden_size
-    num_tables = 1 if config.tie_word_embeddings else 2
-    return ModelCost(
-        num_layer_parameters=model.num_parameters - num_tables * table,
-        num_logits_parameters=table,
-        weight_bytes_read=model.num_parameter_bytes
-        - (num_tables - 1) * table * model.dtype.itemsize,
-        kv_bytes_per_token=kv_bytes_per_token(config, model.dtype),
-        attention_flops_per_pair=attention_flops_per_pair(config),
-    )
 
 
 def _plain(value: Any) -> Any:

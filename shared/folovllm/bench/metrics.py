@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
+from ..model.cost import ModelCost, StepWork
+
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """The `percent`-th percentile, linear between the two nearest order statistics.
@@ -90,49 +92,6 @@ def throughput(
         "total_tokens_per_s": (num_input_tokens + num_output_tokens) / duration_s,
         "requests_per_s": num_requests / duration_s,
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepWork:
-    """What one step must compute and move whatever the implementation."""
-
-    num_tokens: int
-    """Tokens that go through the model."""
-    num_logits_rows: int
-    """Tokens that are projected to the vocabulary: one per request that gets a token."""
-    num_cached_tokens_read: int
-    """Tokens computed in earlier steps that this step's queries attend to, over all requests."""
-    num_attention_pairs: int
-    """Pairs of a query and a key it may see, over all requests."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelCost:
-    """Bytes and floating point operations of a model: its lower bound on any device.
-
-    Every weight and every cached key and value that a step needs is read once, and every new
-    one is written once; activations are free. Weights cost 2 FLOPs per token and parameter.
-    """
-
-    num_layer_parameters: int
-    """All but the embedding table and the output projection."""
-    num_logits_parameters: int
-    """Of the output projection (vocab_size · hidden_size), tied or not."""
-    weight_bytes_read: int
-    """Per step; an embedding table that is not tied is only looked up and does not count."""
-    kv_bytes_per_token: int
-    attention_flops_per_pair: int
-    """4 · layers · heads · head_dim: one multiply-add each for the score and for the value."""
-
-    def step_bytes(self, work: StepWork) -> int:
-        num_kv_tokens = work.num_cached_tokens_read + work.num_tokens
-        return self.weight_bytes_read + self.kv_bytes_per_token * num_kv_tokens
-
-    def step_flops(self, work: StepWork) -> int:
-        linear = self.num_layer_parameters * work.num_tokens
-        logits = self.num_logits_parameters * work.num_logits_rows
-        attention = self.attention_flops_per_pair * work.num_attention_pairs
-        return 2 * (linear + logits) + attention
 
 
 def roofline_fraction(

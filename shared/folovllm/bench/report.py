@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ..interfaces import StepStats
-from ..model.config import ModelConfig
 from ..workloads.workload import Workload
 from .late_requests import late_section, no_late_section, step_ranges
 from .metrics import RequestTimes, StepWork, latency_summary, summarise, throughput
@@ -152,11 +151,6 @@ def step_works(record: RunRecord) -> list[StepWork]:
             )
         )
     return works
-
-
-def attention_flops_per_pair(config: ModelConfig) -> int:
-    """A query-key pair costs a multiply-add per element for the score and one for the value."""
-    return 4 * config.num_layers * config.num_heads * config.head_dim
 
 
 def check_record(record: RunRecord, workload: Workload) -> None:

@@ -10,6 +10,7 @@ from ..text.tokenizer import Tokenizer
 from .async_engine import AsyncEngine
 from .async_stream import AsyncOutputStream, QueueFullError
 from .core_messages import (
+    MeasureRoofline,
     Pause,
     ResetPrefixCache,
     Resume,
@@ -181,6 +182,10 @@ class AsyncLLM:
             raise ValueError("this engine has no scheduler of a stage that could be watched")
         self._engine.on_snapshot = on_snapshot
         self._engine.send(Watch())
+
+    def measure_roofline(self) -> None:
+        """Let snapshots say how long a step must take; the engine measures it before it goes on."""
+        self._engine.send(MeasureRoofline())
 
     def unwatch(self) -> None:
         self._engine.on_snapshot = None

@@ -110,6 +110,9 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Sentences about the last step."""
     step_s: float | None
     """How long it took, in seconds."""
+    least_s: float | None
+    """How long it must take on this machine; None if several were planned in it, or if nobody has
+    asked for `MeasureRoofline`."""
 
 
 class NewRequest(msgspec.Struct, frozen=True, array_like=True):
@@ -149,6 +152,11 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Answer with `Pong`."""
 
 
+class MeasureRoofline(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Find out what this machine can do at most, so that snapshots can say how long a step must
+    take; for an engine that has nothing to do."""
+
+
 class Watch(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Send snapshots: at most ten per second, and of every step of a paused engine."""
 
@@ -175,7 +183,17 @@ class ShutDown(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 FromCore = CoreFacts | CoreFailure | Accepted | Refused | Step | Idle | Pong | Snapshot
 ToCore = (
-    Add | Abort | ResetPrefixCache | Ping | Watch | Unwatch | Pause | StepOnce | Resume | ShutDown
+    Add
+    | Abort
+    | ResetPrefixCache
+    | Ping
+    | MeasureRoofline
+    | Watch
+    | Unwatch
+    | Pause
+    | StepOnce
+    | Resume
+    | ShutDown
 )
 
 

@@ -26,6 +26,7 @@ from .core_messages import (
     CoreOptions,
     FromCore,
     Idle,
+    MeasureRoofline,
     NewRequest,
     Pause,
     Ping,
@@ -118,6 +119,8 @@ class EngineCore:
                 engine.reset_prefix_cache()
             case Ping():
                 self.send(Pong())
+            case MeasureRoofline():
+                self._watch.measure_roofline()
             case Watch() | Unwatch() | Pause() | StepOnce() | Resume():
                 self._watch.act_on(message)
             case ShutDown():

@@ -7,6 +7,7 @@ from typing import Any
 from ...interfaces import Engine, StepOutput
 from ..core_messages import Pause, PlannedStep, Resume, Snapshot, StepOnce, Unwatch, Watch
 from .engine_view import view_engine
+from .roofline import Roofline, measure_roofline
 from .scheduler_watch import SchedulerWatch
 from .step_facts import Plan
 from .step_story import tell_step
@@ -39,6 +40,7 @@ class EngineWatch:
         self._plans: list[Plan] = []
         self._story: list[str] = []
         self._step_s: float | None = None
+        self._roofline: Roofline | None = None
 
     @property
     def can_watch(self) -> bool:
@@ -70,6 +72,11 @@ class EngineWatch:
                 self.is_paused, self._num_owed = False, 0
             case StepOnce():
                 self._owe_step()
+
+    def measure_roofline(self) -> None:
+        """What this machine can do at most, and with it how long steps must take."""
+        engine: Any = self._engine
+        self._roofline = measure_roofline(engine.model_runner.model)
 
     def _owe_step(self) -> None:
         if not self.is_paused:
@@ -113,6 +120,13 @@ class EngineWatch:
             planned=[PlannedStep(plan.number, list(plan.shares)) for plan in self._plans],
             story=self._story,
             step_s=self._step_s,
+            least_s=self._least_s(),
         )
         self._plans, self._story, self._step_s, self._has_news = [], [], None, False
         return snapshot
+
+    def _least_s(self) -> float | None:
+        """Of the last step, where it can be told which one that was."""
+        if self._roofline is None or len(self._plans) != 1 or not self._plans[0].shares:
+            return None
+        return self._roofline.least_s(self._plans[0])

@@ -46,6 +46,9 @@ class ServerSettings:
     page: str = "auto"
     """The page at / that shows the engine at work: control (all who come in may pause and step it),
     watch (nobody may), off; auto is control with a key or at a loopback address, else watch."""
+    measure_roofline: bool = False
+    """Let the page say how long a step must take at least: before the first request, two seconds go
+    into what the machine can do."""
     pause_timeout_s: float = 300.0
     """A paused engine goes on by itself after so long without a click."""
 

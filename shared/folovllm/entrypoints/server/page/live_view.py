@@ -209,6 +209,7 @@ def _as_dict(snapshot: Snapshot) -> dict[str, Any]:
         "is_paused": snapshot.is_paused,
         "story": snapshot.story,
         "step_s": snapshot.step_s,
+        "least_s": snapshot.least_s,
         "requests": [request._asdict() for request in view.requests],
         "num_left_out": view.num_left_out,
         "memory": view.memory,

@@ -195,6 +195,11 @@ function draw() {
 
 const seconds = (s) => (s < 1 ? `${(1000 * s).toFixed(s < 0.01 ? 1 : 0)} ms` : `${s.toFixed(2)} s`);
 
+function againstRoofline({ step_s, least_s }) {
+  if (least_s == null) return "no roofline: none or several were planned in it";
+  return `roofline ${seconds(least_s)}: ${Math.round((100 * least_s) / step_s)} % of what this machine can do`;
+}
+
 function drawTiles() {
   if (!rates || !facts) return;
   const set = (id, text) => { if (el(id).textContent !== text) el(id).textContent = text; };
@@ -207,7 +212,10 @@ function drawTiles() {
     set("hits", rates.hit_rate == null ? "–" : `${Math.round(100 * rates.hit_rate)} %`);
     set("hits-note", "of prompt tokens looked up, since this page watches");
   }
-  if (view && view.step_s != null) set("step-time", seconds(view.step_s));
+  if (view && view.step_s != null) {
+    set("step-time", seconds(view.step_s));
+    if (!facts.absent.roofline) set("step-note", againstRoofline(view));
+  }
   set("preemptions", el("preemptions-note").textContent.startsWith("Nobody") ? "absent" : count(rates.num_preemptions));
   if (!el("preemptions-note").textContent) set("preemptions-note", "requests that lost their place, since this page watches");
 }

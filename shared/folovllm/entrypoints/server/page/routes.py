@@ -37,7 +37,11 @@ def add_page(app: FastAPI, service: Service, stage: str, settings: ServerSetting
     doors = Doors(settings)
     html, policy = _whole_page()
     may_control = lets_pause(settings)
-    facts = stage_facts(stage, service.model_name, service.llm.facts)
+    facts = stage_facts(
+        stage, service.model_name, service.llm.facts, has_roofline=settings.measure_roofline
+    )
+    if settings.measure_roofline:
+        service.llm.measure_roofline()
     view = LiveView(
         service.llm,
         {**facts, "may_control": may_control},

@@ -9,9 +9,14 @@ _SHOWN_LIMITS = (
     "scheduling_policy", "preemption_mode", "async_scheduling",
 )  # fmt: skip
 
+_NO_ROOFLINE = "No roofline is known for this machine: --measure-roofline finds it."
 
-def stage_facts(stage: str, model: str, facts: CoreFacts) -> dict[str, Any]:
-    """stage: the name of its package. Absent is what the stage does not have, with the reason."""
+
+def stage_facts(stage: str, model: str, facts: CoreFacts, *, has_roofline: bool) -> dict[str, Any]:
+    """Absent is what the stage does not have, with the reason.
+
+    stage: the name of its package; has_roofline: whether one was asked for.
+    """
     config = facts.engine_config
     return {
         "stage": stage,
@@ -26,7 +31,7 @@ def stage_facts(stage: str, model: str, facts: CoreFacts) -> dict[str, Any]:
             "blocks": _why_no_blocks(config),
             "hit_rate": _why_no_hits(config, facts),
             "budget": _why_no_budget(config),
-            "roofline": "No roofline is known for this machine.",
+            "roofline": None if has_roofline else _NO_ROOFLINE,
         },
     }
 
