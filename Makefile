@@ -17,6 +17,8 @@ PROMPT ?= What is the capital of France?
 WORKLOAD ?= fixed:batch=4,input=64,output=32
 # Engines of a server; with more than one, Ray is installed and runs them.
 REPLICAS ?= 1
+# Anything, for `make compare`: put the results among the project's own and the table into the documents.
+PUBLISH ?=
 # Folder that a quantised model is written to.
 OUTPUT ?= build/quantised
 # Further arguments for the command that a verb runs, and for pytest.
@@ -118,8 +120,8 @@ propagate: | $(READY) ## carry a change of one file to the later stages (STAGE=m
 	$(if $(and $(STAGE),$(FILE)),,$(error propagate needs the stage with the change and its file: make propagate STAGE=m1 FILE=engine.py))
 	$(RUN) -m m0_infra propagate --stage $(STAGE) --file $(FILE)$(EXTRA)
 
-compare: $(RUNTIME) $(MODEL_FILES) ## run every stage on one workload: gate, table, charts, HTML report
-	$(RUN) -m compare run$(EXTRA)
+compare: $(RUNTIME) $(MODEL_FILES) ## run every stage on one workload: gate, table, charts, HTML report (PUBLISH=1: into the documents)
+	$(RUN) -m compare run$(if $(PUBLISH),$(space)--publish)$(EXTRA)
 
 charts: $(RUNTIME) ## draw table, charts and report again from the stored results
 	$(RUN) -m compare charts$(EXTRA)

@@ -6,12 +6,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .publish import RESULTS_FOLDER, gate_folder, print_charts, print_gate, print_tables
+from .publish import (
+    RESULTS_FOLDER,
+    USER_FOLDER,
+    gate_folder,
+    print_charts,
+    print_gate,
+    print_tables,
+)
 from .results import result_folders
 from .run import EXIT_REFUSED, run
-from .show import SHOW_FOLDER, show
+from .show import show
 
 EXIT_USAGE = 2
+MEASURING = ("run", "show")
+"""Commands whose results are a user's own; the others redraw those of the project."""
 PASSED_ON = "Any other --option is passed to the stages whose EngineConfig has it."
 
 
@@ -62,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--results",
             type=Path,
-            default=SHOW_FOLDER if name == "show" else RESULTS_FOLDER,
+            default=USER_FOLDER if name in MEASURING else RESULTS_FOLDER,
             help="where results lie (default: %(default)s); documents are only updated from "
             f"{RESULTS_FOLDER}",
         )
@@ -84,6 +93,14 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="the beginning of the workload that a slow stage runs: m1_baseline=nano:8",
     )
     add("--name", help="folder of the results under the device; default: from the workload")
+    add(
+        "--publish",
+        dest="results",
+        action="store_const",
+        const=RESULTS_FOLDER,
+        default=argparse.SUPPRESS,
+        help=f"put the results into {RESULTS_FOLDER}, and the table into the documents",
+    )
     add(
         "--commit",
         help="what was measured, where the files are a copy without their own git history",

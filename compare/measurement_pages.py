@@ -28,8 +28,8 @@ def measurement_pages(root: Path) -> dict[str, str]:
 _INTRODUCTION = """# All measurements
 
 Every table here is made from the JSON files in compare/results while the site is built;
-`make compare` measures, `make charts` draws. [How to read a table](../guides/benchmarking.md). What
-the numbers mean for a stage is in its note.
+`make compare PUBLISH=1` measures, `make charts` draws. [How to read a
+table](../guides/benchmarking.md). What the numbers mean for a stage is in its note.
 One page for each device:
 """
 

@@ -17,6 +17,8 @@ from .table import markdown_table, terminal_table
 
 RESULTS_FOLDER = Path("compare/results")
 """Under the project's root: results that documents quote."""
+USER_FOLDER = Path("build/compare")
+"""Where a user's results go: ignored by git, and quoted by no document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,8 @@ def write_tables(folders: Sequence[Path], root: Path) -> list[Path]:
     """
     own = (root / RESULTS_FOLDER).resolve()
     folders = [folder for folder in folders if own in folder.resolve().parents]
+    if not folders:
+        return []
     tables = {folder_key(folder): markdown_table(load_folder(folder)) for folder in folders}
     return update_documents(root, {**tables, **data_tables(root)})
 

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from .charts import draw_chart
 from .gate import check_gate
@@ -12,9 +11,6 @@ from .run import EXIT_INCOMPLETE, EXIT_REFUSED, finished_runs, measure
 from .runner import FailedRun
 from .shows import Show, read_show
 from .verdict import find_metrics, verdict
-
-SHOW_FOLDER = Path("build/compare")
-"""Where a user's results go: ignored by git, and quoted by no document."""
 
 
 def show(options: argparse.Namespace, extra: Sequence[str]) -> int:

@@ -23,7 +23,7 @@ FOLDER = "compare/results/cpu-2-cores/nano"
 TOKENS = [[1, 2, 3, 4], [50, 60, 70, 80]]
 GAPS = [[1.0, 2.0, 0.1, 3.0], [0.8, 1.5, 0.9, 2.0]]
 REFERENCE = {"stage": "m1_baseline", "tokens": TOKENS, "top2_gaps": GAPS}
-RUN = ["run", "--device", "cpu", "--workload", "nano", "--repeats", "1", "--stages"]
+RUN = ["run", "--publish", "--device", "cpu", "--workload", "nano", "--repeats", "1", "--stages"]
 
 
 def quantized_run(stage="m7_gptq", reference=REFERENCE, **options):

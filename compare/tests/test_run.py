@@ -12,7 +12,8 @@ from compare.tests.fake_stage import make_stage
 from compare.tests.synthetic import make_run
 
 FOLDER = "compare/results/cpu-2-cores/nano"
-RUN = ["run", "--device", "cpu", "--workload", "nano", "--stages", "m1_baseline,m2_batching"]
+MEASURE = ["run", "--device", "cpu", "--workload", "nano", "--stages", "m1_baseline,m2_batching"]
+RUN = [*MEASURE[:1], "--publish", *MEASURE[1:]]
 
 
 @pytest.fixture
@@ -133,6 +134,15 @@ def test_failing_gate_publishes_nothing_and_keeps_the_runs(root, capsys):
     assert (root / "README.md").read_text() == readme
     kept = sorted(file.name for file in root.glob("compare/results/.runs/*/*.json"))
     assert kept == ["m1_baseline.1.json", "m2_batching.1.json"]
+
+
+def test_results_are_a_users_own_unless_they_are_published(root):
+    two_stages(root)
+    marked = "<!-- compare:cpu-2-cores/nano:begin -->\n<!-- compare:cpu-2-cores/nano:end -->\n"
+    (root / "README.md").write_text(marked)
+    assert main([*MEASURE, "--repeats", "1"]) == 0
+    assert (root / "build/compare/cpu-2-cores/nano/report.html").is_file()
+    assert (root / "README.md").read_text() == marked and not (root / "compare").exists()
 
 
 def test_results_kept_elsewhere_never_reach_the_documents(root):
