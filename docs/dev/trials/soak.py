@@ -3,12 +3,13 @@
     PYTHONPATH=.:shared python docs/dev/trials/soak.py --output FILE.json \
         [--minutes 20] [--replicas 2] [--stage m6_prefix] [-- OPTIONS OF serve]
 
-Clients ask for completions and chats, whole and streamed; go away before or in the middle of an
-answer; read slowly; send bodies that are none; half requests; and every half minute more at once
-than may wait. Every two minutes a replica is killed, or its engine. What is checked, and written
-down: every call that was not given up got an answer or an error that says what is wrong; memory
-does not grow; in the end nothing runs, no block is held, and the server ends without leaving a
-process. With --replicas 1 nothing is killed: there, the engine's end is the server's.
+Clients ask for completions and chats, short and long, whole and streamed; go away before or in
+the middle of an answer; read slowly; send bodies that are none; half requests; and every half
+minute more at once than may wait. Every two minutes a replica is killed, or its engine. What is
+checked, and written down: every call that was not given up got an answer or an error that says
+what is wrong; memory does not grow; in the end nothing runs, no block is held, and the server ends
+without leaving a process. With --replicas 1 nothing is killed, since the engine's end is the
+server's there; but what the engine counted as finished and aborted must be what the clients saw.
 
 Exit status 0 if all of it held. Needs Linux: it reads /proc.
 """
@@ -18,6 +19,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import socket
 import statistics
@@ -30,6 +32,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from replica_routing import metric, wait_until_up
 
@@ -47,7 +50,10 @@ MALFORMED = (
     b'{"prompt": "a", "max_tokens": 0}', b'{"prompt": "\\ud800"}', b'{"prompt": "a", "n": 1e99}',
     b'{"prompt": "' + b"a " * 4000 + b'"}', b'{"prompt": [99999999]}', b'{"prompt": "a", "n": 999}',
 )  # fmt: skip
+LENGTHS = (0, 1, 1, 1, 4)
+"""Topics in a row: prompts of a few tokens, of about 60, and of about 220."""
 ROLES = {"ServeReplica": "replicas", "spawn_main": "engines", "ServeController": "controller"}
+ROLES |= {"resource_tracker": "Python's"}
 MAX_GROWTH = 1.10
 """Of the memory of all processes, from the second quarter of the time to the last."""
 
@@ -130,7 +136,8 @@ class Clients:
         await self._give_up("half a request", self._body(stream=False)[:20], num_read=0, more=100)
 
     def _body(self, *, stream: bool, max_tokens: int | None = None) -> bytes:
-        topic = self._rng.choice(self._topics) + f"Chapter {self._rng.randrange(50)}."
+        chapter = f"Chapter {self._rng.randrange(50)}."
+        topic = self._rng.choice(self._topics) * self._rng.choice(LENGTHS) + chapter
         body = {"max_tokens": max_tokens or self._rng.randrange(1, 16), "ignore_eos": True}
         if self._rng.random() < 0.5:
             body |= {"messages": [{"role": "user", "content": topic}]}
@@ -318,6 +325,28 @@ def engines(url: str) -> dict[str, float]:
         return {}
 
 
+def finished(url: str) -> Counter[str]:
+    """Reason -> requests that ended for it, over all engines; aborts are one."""
+    with urlopen(f"{url}/metrics") as answer:
+        text = answer.read().decode()
+    pattern = r'^vllm:request_success_total{.*finished_reason="(\w+)".*} (\S+)$'
+    counts: Counter[str] = Counter()
+    for reason, value in re.findall(pattern, text, re.M):
+        counts[reason] += int(float(value))
+    return counts
+
+
+def agrees(tally: Tally, counted: Counter[str]) -> bool:
+    """Whether one engine's counts fit the calls: each of them asked for one completion.
+
+    Who gave up may have gone before the engine heard of it, or behind its last token.
+    """
+    answered = sum(counts["answered"] for counts in tally.outcomes.values())
+    given_up = sum(counts["given up"] for counts in tally.outcomes.values())
+    num_done = counted["stop"] + counted["length"]
+    return answered <= num_done and num_done + counted["abort"] <= answered + given_up
+
+
 def wait_until_idle(url: str, num_engines: int) -> bool:
     end_s = time.monotonic() + 60
     while time.monotonic() < end_s:
@@ -351,6 +380,16 @@ async def lone_kv_use(server: Server, port: int, num_engines: int) -> dict[str, 
     raise RuntimeError(f"only engines {list(use)} got a request")
 
 
+def still_there(processes: dict[int, str], within_s: float = 15.0) -> list[str]:
+    """Roles of those that have not ended after so long: helpers notice the end of the others."""
+    end_s = time.monotonic() + within_s
+    while True:
+        left = [role for pid, role in processes.items() if Path(f"/proc/{pid}").exists()]
+        if not left or time.monotonic() > end_s:
+            return left
+        time.sleep(0.2)
+
+
 def verdict(
     seen: dict[str, Any], tally: Tally, before: dict[str, Any], after: dict[str, Any]
 ) -> dict[str, bool]:
@@ -371,6 +410,7 @@ def verdict(
         "no block is held": same_use,
         "no connection is left": after["descriptors"] <= before["descriptors"] + 4,
         "all engines were replaced": all(kill["all_back_s"] < 120 for kill in seen["kills"]),
+        "the engine counted what the clients saw": after["agrees"],
         "the server ended by itself": after["exit_status"] == 0,
         "no process is left": not after["left"],
     }
@@ -405,15 +445,19 @@ def main() -> int:
 
     before = look()
     before["block"] = min(before["lone_kv_use"].values()) / 3  # 34 to 48 tokens are 3 blocks of 16
+    counted = finished(server.url)
     seen = asyncio.run(load(server, clients, arguments))
+    wait_until_idle(server.url, arguments.replicas)
+    seen["finished"] = finished(server.url) - counted
     after = look()
+    # A replica that was replaced counts anew.
+    after["agrees"] = arguments.replicas > 1 or agrees(tally, seen["finished"])
     pids = server.processes()
     ending_s = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     after["exit_status"] = server.process.wait(120)
     after["exit_s"] = time.monotonic() - ending_s
-    time.sleep(1.0)
-    after["left"] = [role for pid, role in pids.items() if Path(f"/proc/{pid}").exists()]
+    after["left"] = still_there(pids)
     result = {
         "stage": arguments.stage,
         "replicas": arguments.replicas,
