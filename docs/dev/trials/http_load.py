@@ -42,7 +42,9 @@ class Timing:
     error: str | None = None
 
 
-async def ask(url: str, model: str, request: WorkloadRequest, due_s: float) -> Timing:
+async def ask(
+    url: str, model: str, request: WorkloadRequest, due_s: float, temperature: float
+) -> Timing:
     """Send one request and note when its tokens come."""
     where = urlsplit(url)
     body = json.dumps(
@@ -50,7 +52,7 @@ async def ask(url: str, model: str, request: WorkloadRequest, due_s: float) -> T
             "model": model,
             "prompt": list(request.prompt_token_ids),
             "max_tokens": request.output_len,
-            "temperature": 0.6,
+            "temperature": temperature,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
@@ -81,7 +83,12 @@ async def ask(url: str, model: str, request: WorkloadRequest, due_s: float) -> T
 
 
 async def run_share(
-    url: str, model: str, requests: list[WorkloadRequest], concurrency: int | None, start_s: float
+    url: str,
+    model: str,
+    requests: list[WorkloadRequest],
+    concurrency: int | None,
+    start_s: float,
+    temperature: float,
 ) -> list[Timing]:
     """The requests of one process, from `start_s` on."""
     await asyncio.sleep(start_s - time.perf_counter())
@@ -90,7 +97,7 @@ async def run_share(
         async def ask_in_time(request: WorkloadRequest) -> Timing:
             due_s = start_s + request.arrival_s
             await asyncio.sleep(due_s - time.perf_counter())
-            return await ask(url, model, request, due_s)
+            return await ask(url, model, request, due_s, temperature)
 
         return list(await asyncio.gather(*map(ask_in_time, requests)))
     left = iter(requests)
@@ -98,7 +105,8 @@ async def run_share(
 
     async def client() -> None:
         for request in left:
-            timings.append(await ask(url, model, request, time.perf_counter()))
+            now = time.perf_counter()
+            timings.append(await ask(url, model, request, now, temperature))
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
     return timings
@@ -142,6 +150,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--concurrency", type=int, help="clients; default: arrivals decide")
+    parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     arguments = parser.parse_args()
@@ -156,7 +165,8 @@ def main() -> None:
         if clients is not None:
             clients = clients // num_processes + (index < clients % num_processes)
         requests = list(workload.requests[index::num_processes])
-        shares.append((arguments.url, arguments.model, requests, clients, start_s))
+        share = (arguments.url, arguments.model, requests, clients, start_s, arguments.temperature)
+        shares.append(share)
     with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
         timings = [timing for part in pool.starmap(run_process, shares) for timing in part]
     result = {
@@ -164,6 +174,7 @@ def main() -> None:
         "model": arguments.model,
         "workload": {"spec": arguments.workload, "sha256": workload.sha256},
         "concurrency": arguments.concurrency,
+        "temperature": arguments.temperature,
         "environment": describe_environment(),
         "summary": summary(timings),
         "requests": [asdict(timing) for timing in timings],

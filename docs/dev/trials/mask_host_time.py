@@ -5,13 +5,15 @@
 `Sampler.prepare` of a batch in which every row has the rule, for 64 steps of 1, 8 and 64 rows; DIR
 has the tokenizer. Tokens are drawn from those that a mask leaves, so that grammars come everywhere
 that they can; a row whose output is complete begins anew. Milliseconds per step, median and 90th
-percentile; `first_ms` is the batch's first step, which fills what llguidance remembers.
+percentile; `first_ms` is the batch's first step, which fills what llguidance remembers; `cpu_ms` is
+the median of the process's processor time, for a machine that others use at the same time.
 """
 
 import argparse
 import random
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,15 @@ RULES: dict[str, SamplingParams] = {
 }
 
 
+@dataclass(frozen=True)
+class StepTime:
+    """In milliseconds."""
+
+    wall_ms: float
+    cpu_ms: float
+    """Of all threads of the process."""
+
+
 class Batch:
     """Requests with one rule, and the steps that they take."""
 
@@ -65,17 +76,19 @@ class Batch:
         self._sampler = Sampler(self._vocab_size, torch.device("cpu"))
         self._requests = [self._new() for _ in range(num_rows)]
 
-    def step(self) -> float:
-        """Milliseconds of `prepare`; then every row gets a token."""
-        start = time.perf_counter()
+    def step(self) -> StepTime:
+        """How long `prepare` took; then every row gets a token."""
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
         tensors = self._sampler.prepare(self._requests)
-        took_s = time.perf_counter() - start
+        took = StepTime(
+            1e3 * (time.perf_counter() - start_s), 1e3 * (time.process_time() - start_cpu_s)
+        )
         for row, request in enumerate(self._requests):
             mask = None if tensors.mask is None else tensors.mask.bits[row].numpy()
             token_id = self._draw(mask)
             if token_id in self._eos or request.append_output_token(token_id) is not None:
                 self._requests[row] = self._new()
-        return took_s * 1e3
+        return took
 
     def _draw(self, mask: Any) -> int:
         if mask is None:
@@ -108,9 +121,11 @@ def main() -> None:
     for name, params in RULES.items():
         for num_rows in ROWS:
             batch = Batch(params, num_rows, tokenizer)
-            first_ms, *times = [batch.step() for _ in range(NUM_STEPS)]
+            first, *steps = [batch.step() for _ in range(NUM_STEPS)]
+            times = [step.wall_ms for step in steps]
             row = {"rule": name, "rows": num_rows, "median_ms": statistics.median(times)}
-            row |= {"p90_ms": statistics.quantiles(times, n=10)[-1], "first_ms": first_ms}
+            row |= {"p90_ms": statistics.quantiles(times, n=10)[-1], "first_ms": first.wall_ms}
+            row |= {"cpu_ms": statistics.median(step.cpu_ms for step in steps)}
             rows.append(row)
             print(row, flush=True)
     if arguments.output is not None:
