@@ -7,6 +7,9 @@ from collections.abc import Callable
 _CODE = re.compile(r"(^ *(`{3,}|~{3,})[^\n]*\n.*?^ *\2[^\n]*$|(`+)[^`].*?\3(?!`))", re.M | re.S)
 """A fenced block or a span: what looks like a link in it is code."""
 _TARGET = re.compile(r"(?<=\]\()(?P<path>[^)\s#?:]+)(?P<anchor>#[^)\s]*)?(?=\)|\s+\")")
+_FENCE = re.compile(r" *(`{3,}|~{3,})")
+_ITEM = re.compile(r" *(?:[-*+]|\d+\.) ")
+_LIST = re.compile(r"(?:[-*+]|1\.) ")
 _COPIED = (".png", ".svg", ".html", ".json", ".jsonl", ".css", ".safetensors")
 
 
@@ -60,6 +63,41 @@ def rewrite_links(text: str, path: str, resolve: Callable[[str], str | None]) ->
         pieces += [_TARGET.sub(target, text[position : code.start()]), code.group()]
         position = code.end()
     return "".join(pieces) + _TARGET.sub(target, text[position:])
+
+
+def with_lists_apart(text: str) -> str:
+    """Markdown with a blank line before every list.
+
+    A list may follow the last line of a paragraph on GitHub. For Python-Markdown, which makes the
+    site, it would be the rest of that paragraph.
+
+    >>> with_lists_apart("Two:\\n- a\\n- b")
+    'Two:\\n\\n- a\\n- b'
+    """
+    lines, fence, paragraph = [], "", ""
+    for line in text.split("\n"):
+        if fence:
+            fence = "" if line.strip() == fence else fence
+        elif opening := _FENCE.match(line):
+            fence, paragraph = opening[1], ""
+        elif not line:
+            paragraph = ""
+        elif not paragraph:
+            paragraph = line
+        elif not _ITEM.match(paragraph) and _begins_item(line, paragraph):
+            lines.append("")
+            paragraph = line
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _begins_item(line: str, paragraph: str) -> bool:
+    """Whether a list, or its next item, begins here, behind a paragraph that begins like this.
+
+    An indented paragraph belongs to the item before it. Elsewhere "186. " is the end of a sentence.
+    """
+    in_list = paragraph[0] == " "
+    return line[0] != " " and bool((_ITEM if in_list else _LIST).match(line))
 
 
 def with_ids_of(original: str, translation: str) -> str:

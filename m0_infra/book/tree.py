@@ -100,7 +100,8 @@ class BookTree:
         return [file.as_posix() for file in found if _NEVER.isdisjoint(file.parts)]
 
     def _rewritten(self, text: str, path: str) -> str:
-        return links.rewrite_links(_LANGUAGE_LINK.sub("", text), path, self._resolve)
+        text = links.with_lists_apart(_LANGUAGE_LINK.sub("", text))
+        return links.rewrite_links(text, path, self._resolve)
 
     def _resolve(self, path: str) -> str | None:
         """The site's path of a file or folder of the repository, which gets a page by this."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from m0_infra.book.links import rewrite_links, site_path, with_ids_of
+from m0_infra.book.links import rewrite_links, site_path, with_ids_of, with_lists_apart
 from m0_infra.book.tree import BookTree, write_book
 from m0_infra.stages import load_stages
 from m0_infra.tests.notes import LEARN, anchors, links, num_words, read
@@ -55,6 +55,23 @@ def test_links_to_files_become_links_to_pages(path, text, rewritten):
         return None if "gone" in linked else site_path(linked)
 
     assert rewrite_links(text, path, resolve) == (rewritten or text)
+
+
+@pytest.mark.parametrize(
+    ("text", "apart"),
+    [
+        ("Two:\n- a\n  b\n- c\n1. d", "Two:\n\n- a\n  b\n- c\n1. d"),
+        ("Steps:\n1. a\n2. b\n\n- c", "Steps:\n\n1. a\n2. b\n\n- c"),
+        ("of\n186. Then", "of\n186. Then"),
+        ("2. a\n\n   b\n3. c\n4. d", "2. a\n\n   b\n\n3. c\n4. d"),
+        (
+            "- first\n\n````\n```\nx:\n- y\n````\nz:\n- z",
+            "- first\n\n````\n```\nx:\n- y\n````\nz:\n\n- z",
+        ),
+    ],
+)
+def test_list_behind_a_paragraph_is_a_list_in_the_site_too(text, apart):
+    assert with_lists_apart(text) == apart
 
 
 def test_every_changed_file_of_a_stage_has_a_page_and_a_copy_has_none(tree):
