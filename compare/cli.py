@@ -1,5 +1,5 @@
-"""The command line: `run` measures and publishes, `show` compares a stage with the one before it,
-`table` and `charts` redraw what is stored."""
+"""The command line: `run` measures all stages, `show` compares a stage with the one before it,
+`table` and `charts` redraw what is stored, `stale` says what of it is out of date."""
 
 import argparse
 import sys
@@ -17,6 +17,7 @@ from .publish import (
 from .results import result_folders
 from .run import EXIT_REFUSED, run
 from .show import show
+from .stale import EXIT_STALE, stale_rows
 
 EXIT_USAGE = 2
 MEASURING = ("run", "show")
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return show(options, extra)
         if extra:
             parser.error(f"unknown arguments: {' '.join(extra)}")
-        return redraw(options)
+        return list_stale(options) if options.command == "stale" else redraw(options)
     except (ValueError, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("table", "print the stored tables and write them into the documents"),
         ("charts", "the same, and draw charts and report again"),
+        ("stale", "list stored rows whose code has changed since they were measured"),
     ):
         redraw_parser = commands.add_parser(name, help=text)
         redraw_parser.add_argument(
@@ -147,11 +149,25 @@ def _add_common_arguments(parser: argparse.ArgumentParser, profile: str) -> None
     add("--timeout", type=float, default=3600.0, help="seconds that one run may take")
 
 
-def redraw(options: argparse.Namespace) -> int:
-    """`compare table` and `compare charts`."""
+def list_stale(options: argparse.Namespace) -> int:
+    """`compare stale`."""
+    rows = stale_rows(_stored_folders(options), options.root)
+    for row in rows:
+        print(row)
+    print(f"{len(rows)} stale rows")
+    return EXIT_STALE if rows else 0
+
+
+def _stored_folders(options: argparse.Namespace) -> list[Path]:
     folders = result_folders(options.results, options.only or None)
     if not folders:
         raise ValueError(f"no results under {options.results}; run `python -m compare run` first")
+    return folders
+
+
+def redraw(options: argparse.Namespace) -> int:
+    """`compare table` and `compare charts`."""
+    folders = _stored_folders(options)
     accepted = []
     for folder in folders:
         gate = gate_folder(folder)

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from .documents import update_documents
 from .gate import GateReport, check_gate
 from .merge import merge_runs
 from .report import write_report
-from .results import Result, folder_key, load_folder, write_json
+from .results import Result, folder_key, load_folder, read_json, write_json
 from .table import markdown_table, terminal_table
 
 RESULTS_FOLDER = Path("compare/results")
@@ -31,31 +31,37 @@ class Published:
     """Earlier results of another model or setting, moved out of the table."""
 
 
-def store_runs(runs_by_stage: Mapping[str, Sequence[Result]], folder: Path) -> Published:
+MayStay = Callable[[Result, Sequence[Result]], bool]
+"""Whether an earlier result may stand in one table with new ones."""
+
+
+def may_stay_beside(earlier: Result, new: Sequence[Result]) -> bool:
+    """Whether it passes the gate against the new ones: same model, dtype, seed and workload."""
+    return check_gate({result["stage"]: [result] for result in (*new, earlier)}).passed
+
+
+def store_runs(
+    runs_by_stage: Mapping[str, Sequence[Result]],
+    folder: Path,
+    may_stay: MayStay = may_stay_beside,
+) -> Published:
     """Merge the runs of every stage into `<folder>/<stage>.json`; the caller has gated them.
 
-    Results that are there and were made with another model, dtype, seed or workload move to
+    Results of stages that did not run now stay if they may. Else they move to
     `<folder>/superseded/`: they would stand beside numbers that they cannot be compared with.
-    Results of stages that did not run now stay, if they fit.
     """
     merged = [merge_runs(runs) for runs in runs_by_stage.values() if runs]
     if not merged:
         raise ValueError("no run finished, so there is nothing to publish")
     set_aside = []
     for file in sorted(folder.glob("*.json")):
-        if file.stem not in runs_by_stage and not _fits(file, folder, merged):
+        if file.stem not in runs_by_stage and not may_stay(read_json(file), merged):
             target = folder / "superseded" / file.name
             target.parent.mkdir(exist_ok=True)
             set_aside.append(file.replace(target))
     for result in merged:
         write_json(folder / f"{result['stage']}.json", result)
     return Published(folder=folder, results=tuple(load_folder(folder)), set_aside=tuple(set_aside))
-
-
-def _fits(file: Path, folder: Path, merged: Sequence[Result]) -> bool:
-    """Whether an earlier result passes the gate against the new ones."""
-    earlier = next(r for r in load_folder(folder) if f"{r['stage']}.json" == file.name)
-    return check_gate({result["stage"]: [result] for result in (*merged, earlier)}).passed
 
 
 def gate_folder(folder: Path) -> GateReport:

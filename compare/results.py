@@ -47,10 +47,14 @@ def read_json(file: Path) -> Result:
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    write_text(file, json.dumps(value, separators=(",", ":")) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
     """Write beside the target and rename, so that a reader never sees half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, separators=(",", ":")) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 
