@@ -1,4 +1,7 @@
-"""A Chinese page has the headings, tables, code, numbers and links of its English original."""
+"""A Chinese page has the headings, tables, code, numbers and links of its English original.
+
+CONTRIBUTING.md says what no test sees, and how to bring a page up to date.
+"""
 
 import re
 
@@ -39,6 +42,12 @@ def targets(text: str) -> set[str]:
     return {target.replace(".zh.md", ".md").split("#")[0] for target in links(text)} - {""}
 
 
+def terms(text: str) -> set[str]:
+    """What the page links in the glossary."""
+    pages = [target.replace(".zh.md", ".md").partition("#") for target in links(text)]
+    return {anchor for page, _, anchor in pages if page.endswith("glossary.md")}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_headings_and_tables_are_those_of_the_original(page):
     english, chinese = both(page)
@@ -66,6 +75,17 @@ def test_links_lead_to_what_those_of_the_original_lead_to(page):
     english, chinese = both(page)
     assert targets(chinese) == targets(english)
     assert dead_links(page) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_reader_of_chinese_stays_in_chinese_and_finds_the_same_terms(page):
+    english, chinese = both(page)
+    folder = (LEARN / page).parent
+    own_original = folder / page.rsplit("/", 1)[-1].replace(".zh.md", ".md")
+    files = {folder / target.split("#")[0] for target in links(chinese)}
+    has_twin = [file for file in files if file.with_suffix(".zh.md").exists()]
+    assert [file for file in has_twin if file != own_original] == []
+    assert terms(chinese) == terms(english)
 
 
 @pytest.mark.parametrize("page", PAGES)
