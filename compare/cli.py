@@ -12,6 +12,7 @@ from .publish import (
     gate_folder,
     print_charts,
     print_gate,
+    print_pages,
     print_tables,
 )
 from .results import result_folders
@@ -179,4 +180,5 @@ def redraw(options: argparse.Namespace) -> int:
     print_tables(accepted, options.root)
     if options.command == "charts":
         print_charts(accepted)
+    print_pages(accepted, options.root)
     return 0 if len(accepted) == len(folders) else EXIT_REFUSED

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import formatting as fmt
+from .kv_need import memory_needed_bytes
 from .results import Result, lookup
 from .stages import is_ladder_stage
 
@@ -138,6 +139,23 @@ COLUMNS = (
     ),
     Column("spread", "smallest and largest output tok/s of the repeats", _spread),
 )
+
+
+SHORT_COLUMNS = (
+    *COLUMNS[:2],
+    Column(
+        "TTFT p50",
+        "time to first token: first token minus arrival, of the middle request",
+        lambda row: fmt.seconds(_value(row, "ttft_s.p50")),
+    ),
+    Column(
+        "memory",
+        "weights, the KV cache that requests held at once, activations: what the run needed, which "
+        "may be less than it was given; on a CPU the most that the process had in memory",
+        lambda row: fmt.num_bytes(memory_needed_bytes(row.result)),
+    ),
+)
+"""Of the table for those who see the stages for the first time."""
 
 
 def _gaps(path: str) -> Callable[[Row], str]:

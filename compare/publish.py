@@ -10,13 +10,16 @@ from .charts import draw_all
 from .data_tables import data_tables
 from .documents import update_documents
 from .gate import GateReport, check_gate
+from .measurement_pages import write_pages
 from .merge import merge_runs
 from .report import write_report
 from .results import Result, folder_key, load_folder, read_json, write_json
-from .table import markdown_table, terminal_table
+from .table import markdown_table, short_table, terminal_table
 
 RESULTS_FOLDER = Path("compare/results")
 """Under the project's root: results that documents quote."""
+SHORT = "short"
+"""`<!-- compare:DEVICE/WORKLOAD/short:begin -->` marks the place of the table of four columns."""
 USER_FOLDER = Path("build/compare")
 """Where a user's results go: ignored by git, and quoted by no document."""
 
@@ -75,12 +78,20 @@ def write_tables(folders: Sequence[Path], root: Path) -> list[Path]:
     Only results under `<root>/compare/results` are the project's: those of a trial elsewhere
     would put numbers into documents whose files are not checked in beside them.
     """
-    own = (root / RESULTS_FOLDER).resolve()
-    folders = [folder for folder in folders if own in folder.resolve().parents]
+    folders = _of_project(folders, root)
     if not folders:
         return []
-    tables = {folder_key(folder): markdown_table(load_folder(folder)) for folder in folders}
+    tables = {}
+    for folder in folders:
+        results = load_folder(folder)
+        tables[folder_key(folder)] = markdown_table(results)
+        tables[f"{folder_key(folder)}/{SHORT}"] = short_table(results)
     return update_documents(root, {**tables, **data_tables(root)})
+
+
+def _of_project(folders: Sequence[Path], root: Path) -> list[Path]:
+    own = (root / RESULTS_FOLDER).resolve()
+    return [folder for folder in folders if own in folder.resolve().parents]
 
 
 def draw_folder(folder: Path) -> tuple[list[Path], Path]:
@@ -104,6 +115,13 @@ def print_charts(folders: Sequence[Path]) -> None:
     for folder in folders:
         charts, report = draw_folder(folder)
         print(f"charts: {', '.join(str(chart) for chart in charts)}\nreport: {report}")
+
+
+def print_pages(folders: Sequence[Path], root: Path) -> None:
+    """Bring the pages of all measurements up to date, if these folders are on them."""
+    if _of_project(folders, root):
+        for file in write_pages(root):
+            print(f"all measurements: {file}")
 
 
 def print_gate(gate: GateReport) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .gate import check_gate
 from .profiles import Profile, choose_profile
-from .publish import print_charts, print_gate, print_tables, store_runs
+from .publish import print_charts, print_gate, print_pages, print_tables, store_runs
 from .reference import add_references
 from .results import Result, workload_slug
 from .runner import FailedRun, FinishedRun, Outcome, RunSettings, new_runs_folder, run_stages
@@ -157,6 +157,7 @@ def publish_outcomes(
         print(f"moved away, not comparable with these runs: {file}")
     print_tables([folder], options.root)
     print_charts([folder])
+    print_pages([folder], options.root)
     failed = [outcome for outcome in outcomes if isinstance(outcome, FailedRun)]
     for outcome in failed:
         print(f"FAILED: {outcome.stage}, repeat {outcome.repeat + 1}: {outcome.reason}")

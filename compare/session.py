@@ -32,6 +32,7 @@ from .publish import (
     may_stay_beside,
     print_charts,
     print_gate,
+    print_pages,
     print_tables,
     store_runs,
 )
@@ -211,6 +212,7 @@ def publish_runs(
         stored.append(published.folder)
     print_tables(stored, Path())
     print_charts(stored)
+    print_pages(stored, Path())
     return status
 
 

@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from .agreement import has_random_weights, is_quantized
-from .columns import PREFIX_MARK, make_rows, table_cells, tables_of
+from .columns import PREFIX_MARK, SHORT_COLUMNS, Column, make_rows, table_cells, tables_of
 from .results import Result, lookup
 
 _WIDE_SPREAD = 2.0
@@ -127,10 +127,19 @@ def _aligned(cells: Sequence[Sequence[str]], max_width: int) -> list[str]:
     return text
 
 
+def short_table(results: Sequence[Result]) -> str:
+    """Four columns, for a first look: the text between markers that end in `/short`."""
+    return _markdown(results, [SHORT_COLUMNS])
+
+
 def markdown_table(results: Sequence[Result]) -> str:
     """Pipe tables with their footnotes; the text between the markers of a document."""
+    return _markdown(results, tables_of(results))
+
+
+def _markdown(results: Sequence[Result], tables: Sequence[Sequence[Column]]) -> str:
     lines: list[str] = []
-    for columns in tables_of(results):
+    for columns in tables:
         heading, *rows = table_cells(results, columns)
         lines += [_markdown_line(heading), "|---|" + "---:|" * (len(heading) - 1)]
         lines += [*(_markdown_line(row) for row in rows), ""]
