@@ -76,6 +76,7 @@ def test_whoever_leaves_is_aborted_and_slow_readers_get_more_at_once(tokenizer_p
             await check_slow_reader(llm)
             await check_deltas_cost_what_is_new(llm)
             await check_names_and_refusals(llm)
+            await check_latencies_count_from_before_prompts_become_tokens(llm)
             await check_queue_has_a_limit(llm)
             await all_gone(llm)
 
@@ -164,6 +165,21 @@ async def check_names_and_refusals(llm):
     # Of several prompts, all are refused with the one that cannot run.
     with pytest.raises(ValueError, match="max_model_len"):
         await llm.start([[5] * 10, [5] * 200], SamplingParams(max_tokens=1900))
+
+
+async def check_latencies_count_from_before_prompts_become_tokens(llm):
+    began_s = []
+
+    def parse(prompts):
+        began_s.append(time.perf_counter())
+        return AsyncLLM._parse(llm, prompts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm, "_parse", parse)
+        outputs = [output async for output in llm.generate("Hello", SHORT)]
+        (stream,) = await llm.start(["Hello"], SHORT, arrival_time=5.0)
+    assert outputs[-1].metrics.arrival_time <= began_s[0]
+    assert [output.metrics.arrival_time async for output in stream][-1] == 5.0
 
 
 async def check_queue_has_a_limit(llm):

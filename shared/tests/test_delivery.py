@@ -1,6 +1,7 @@
 """Events of many streams go out together: slow clients, failures, and what /metrics counts."""
 
 import asyncio
+import time
 from types import SimpleNamespace
 from unittest.mock import AsyncMock
 
@@ -13,8 +14,9 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from folovllm.entrypoints.async_stream import Bell
 from folovllm.entrypoints.server.delivery import Delivery
+from folovllm.entrypoints.server.errors import ApiError
 from folovllm.entrypoints.server.histogram import BulkHistogram
-from folovllm.entrypoints.server.protocol import CompletionBody
+from folovllm.entrypoints.server.protocol import ChatBody, CompletionBody
 from folovllm.entrypoints.server.service import Service
 from folovllm.entrypoints.server.settings import ServerSettings
 from folovllm.request import SamplingParams
@@ -192,6 +194,33 @@ def test_call_that_fails_takes_all_its_prompts_back():
             await service.complete(request, body)
         assert all(stream.is_closed for stream in streams)
         assert service.num_calls == 0
+
+    asyncio.run(run())
+
+
+def test_latencies_of_a_call_count_from_before_its_prompt_becomes_tokens():
+    """Which may wait for a thread, and take long."""
+    began_s = []
+
+    def encode(*arguments, **options):
+        began_s.append(time.perf_counter())
+        return [5]
+
+    tokenizer = SimpleNamespace(
+        encode=encode, apply_chat_template=encode, decode=lambda *a, **o: ""
+    )
+    llm = SimpleNamespace(start=AsyncMock(side_effect=ValueError("prompt")), tokenizer=tokenizer)
+
+    async def run():
+        service = Service(llm, "toy", ServerSettings(), SamplingParams())
+        request = SimpleNamespace(receive=asyncio.Event().wait)
+        chat = ChatBody(messages=[{"role": "user", "content": "a"}])
+        text = CompletionBody(prompt="a", add_special_tokens=False)
+        for answer, body in ((service.chat, chat), (service.complete, text)):
+            with pytest.raises(ApiError):
+                await answer(request, body)
+            assert llm.start.call_args.kwargs["arrival_time"] <= began_s[-1]
+        assert len(began_s) == 2
 
     asyncio.run(run())
 

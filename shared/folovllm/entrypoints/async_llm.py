@@ -1,6 +1,7 @@
 """The asynchronous interface: an engine in a process of its own, `async for` over its outputs."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -140,21 +141,27 @@ class AsyncLLM:
         *,
         priority: int | None = None,
         output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
+        arrival_time: float | None = None,
     ) -> list[AsyncOutputStream]:
         """Queue prompts; when this returns, the engine has accepted all of them.
+
+        arrival_time: since when latencies count, on the clock of `time.perf_counter`; None is now,
+        before the prompts become tokens.
 
         ValueError if one of them cannot run, QueueFullError if they are too many; then none runs.
         Every stream must be read to its end or closed.
         """
+        arrived = time.perf_counter() if arrival_time is None else arrival_time
         self._engine.check_alive()
         self._check_queue(len(prompts))
         parsed = await asyncio.to_thread(self._parse, prompts)
         params = sampling_params or self.get_default_sampling_params()
         priorities = None if priority is None else [priority] * len(prompts)
         if params.structured_outputs is None:
-            states = self._requests.build(parsed, params, priorities)
+            states = self._requests.build(parsed, params, priorities, arrived)
         else:  # to read a schema takes a moment
-            states = await asyncio.to_thread(self._requests.build, parsed, params, priorities)
+            build = self._requests.build
+            states = await asyncio.to_thread(build, parsed, params, priorities, arrived)
         self._engine.check_alive()
         self._check_queue(params.n * len(prompts))
         streams = [AsyncOutputStream(state, output_kind, self._engine) for state in states]

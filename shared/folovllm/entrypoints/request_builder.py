@@ -49,8 +49,12 @@ class RequestBuilder:
         prompts: Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams],
         priority: Sequence[int] | None,
+        arrival_time: float | None = None,
     ) -> list[PromptState]:
-        """The requests of one call, one state per prompt in order; ValueError builds none."""
+        """The requests of one call, one state per prompt in order; ValueError builds none.
+
+        arrival_time: when the call came, on the clock of `time.perf_counter`; None is now.
+        """
         all_params = self._one_per_prompt(sampling_params, len(prompts))
         priorities = self._check_priority(priority, len(prompts))
         prompts = [
@@ -63,7 +67,8 @@ class RequestBuilder:
         ]
         structures = (params.structured_outputs for params in resolved)
         grammars = [None if s is None else self._grammars.compile(s) for s in structures]
-        arrival_time = time.perf_counter()
+        if arrival_time is None:
+            arrival_time = time.perf_counter()
         with self._numbering:
             return [
                 self._build_one(*of_prompt, arrival_time)

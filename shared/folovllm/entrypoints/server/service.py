@@ -1,6 +1,7 @@
 """From the body of a call to its answer: completions, chat, and what tokenizers do."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -51,6 +52,7 @@ class Service:
         self._delivery = Delivery()
 
     async def complete(self, request: Request, body: CompletionBody) -> Response:
+        arrival_time = time.perf_counter()
         prompts = split_prompts(body.prompt)
         if not prompts:
             raise ApiError(400, "prompt is an empty list", param="prompt")
@@ -59,16 +61,18 @@ class Service:
         taken = await asyncio.to_thread(self._take_prompts, prompts, body)
         texts = await asyncio.to_thread(self._texts, prompts) if body.echo else []
         shape = CompletionShape(body, texts, self._token_text)
-        return await self._generate(request, body, taken, params, shape)
+        return await self._generate(request, body, taken, params, shape, arrival_time)
 
     async def chat(self, request: Request, body: ChatBody) -> Response:
+        arrival_time = time.perf_counter()
         # A chat goes on to the end of its turn where nobody sets a limit, a completion does not.
         defaults = self._defaults
         if defaults.max_tokens == SamplingParams().max_tokens:
             defaults = replace(defaults, max_tokens=None)
         params = self._params(body, defaults, 1)
         prompt = await asyncio.to_thread(self._render, body, body.cache_salt)
-        return await self._generate(request, body, [prompt], params, ChatShape(body))
+        shape = ChatShape(body)
+        return await self._generate(request, body, [prompt], params, shape, arrival_time)
 
     async def tokenize(self, body: TokenizeBody | TokenizeChatBody) -> Response:
         self._check_model(body)
@@ -128,13 +132,14 @@ class Service:
         prompts: Sequence[PromptInput],
         params: SamplingParams,
         shape: Shape,
+        arrival_time: float,
     ) -> Response:
         self.num_calls += 1
         is_streaming = False
         try:
             kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
             streams = await while_connected(
-                request.receive, self._start(prompts, params, body, kind)
+                request.receive, self._start(prompts, params, body, kind, arrival_time)
             )
             answer = Answer(shape, self.model_name, streams, params.n)
             if body.stream:
@@ -163,9 +168,13 @@ class Service:
         params: SamplingParams,
         body: GenerationBody,
         kind: RequestOutputKind,
+        arrival_time: float,
     ) -> list[AsyncOutputStream]:
         try:
-            return await self.llm.start(prompts, params, priority=body.priority, output_kind=kind)
+            return await self.llm.start(
+                prompts, params,
+                priority=body.priority, output_kind=kind, arrival_time=arrival_time,
+            )  # fmt: skip
         except QueueFullError as error:
             raise ApiError(429, str(error), kind="rate_limit_error") from error
         except ValueError as error:
