@@ -4,8 +4,9 @@ A decode step reads every weight once and is bound by that: a quarter of the byt
 the time, if the integers become numbers in registers, between the load and the multiplication.
 Four of them share a 16-bit word, and two words a register. Nibble j of a run of W words holds W
 inputs that follow each other (`pack_for_kernel`): masking one nibble of a register leaves two
-neighbours, which is what a matrix instruction wants there, and the activations beside them are one
-piece of memory.
+neighbours, which is what a matrix instruction wants there, and the four nibbles of a run are 4 W
+inputs, one operand of one product. Runs of outputs that are neighbours lie together, so that a
+program reads memory in whole pieces.
 
 From the number of rows on with which arithmetic limits, 16-bit products win: then the weights are
 written out once per product, and the library multiplies.
@@ -27,15 +28,17 @@ from folovllm.kernels.overlap import let_next_start, overlap_options, wait_for_p
 from .gptq import QuantizedMatrix
 
 MAX_ROWS = 256
-"""Beyond, weights are written out at 16 bits; to be measured."""
+"""Beyond, weights are written out at 16 bits: at 512 rows that is faster, at 256 it is not."""
+_TILE_OUT = 32
+"""Outputs whose runs of words are neighbours in memory."""
 _MAX_RUN = 32
 """Words of a run: with groups of 128, four runs of inputs are a group."""
 _MIDDLE = 8
 """The zero point of every symmetric matrix."""
 _MIN_DOT = 16
 """Least inner size of a matrix instruction."""
-_MIN_STEPS = 4
-"""Words are read ahead; a program with fewer steps would do little else."""
+_MIN_STEPS = 2
+"""A program with fewer would do little else than fill its pipeline and meet the others."""
 _MAX_SPLITS = 8
 
 
@@ -43,8 +46,8 @@ class PackedWeight(NamedTuple):
     """A matrix in the order in which the kernels read it."""
 
     words: torch.Tensor
-    """[num_outputs, num_inputs / 4] int16; nibble j of word r * run + w is input
-    (4 * r + j) * run + w"""
+    """[num_tiles, num_runs, 32, run] int16; nibble j of word [t, r, n, w] belongs to output
+    32 * t + n and input (4 * r + j) * run + w; the last tile is filled with zeros"""
     scales: torch.Tensor
     """[num_outputs, num_groups] float16"""
     zeros: torch.Tensor | None
@@ -54,12 +57,19 @@ class PackedWeight(NamedTuple):
     puts the inputs of a group beside each other)"""
     num_arrived: torch.Tensor
     """int32, zero between products: how many of the programs that share outputs are done"""
-    run: int
     group_size: int
 
     @property
+    def run(self) -> int:
+        return self.words.shape[3]
+
+    @property
+    def num_runs(self) -> int:
+        return self.words.shape[1]
+
+    @property
     def num_inputs(self) -> int:
-        return 4 * self.words.shape[1]
+        return 4 * self.num_runs * self.run
 
 
 def pack_for_kernel(matrix: QuantizedMatrix) -> PackedWeight:
@@ -77,14 +87,15 @@ def pack_for_kernel(matrix: QuantizedMatrix) -> PackedWeight:
     shifts = torch.arange(0, 16, 4, device=q.device, dtype=torch.int32)
     # Nibbles do not overlap, so that their sum is their union; 16 bits of it are the word.
     words = (q << shifts[:, None]).sum(dim=2, dtype=torch.int32).to(torch.int16)
+    words = torch.nn.functional.pad(words, (0, 0, 0, 0, 0, -num_outputs % _TILE_OUT))
+    words = words.unflatten(0, (-1, _TILE_OUT)).transpose(1, 2)
     is_symmetric = bool((matrix.zeros == _MIDDLE).all())
     return PackedWeight(
-        words=words.view(num_outputs, -1).contiguous(),
+        words=words.contiguous(),
         scales=matrix.scales.t().contiguous().to(torch.float16),
         zeros=None if is_symmetric else matrix.zeros.t().contiguous().to(torch.uint8),
         order=None if is_ordered else order,
         num_arrived=torch.zeros(_most_programs(q.device), dtype=torch.int32, device=q.device),
-        run=run,
         group_size=group_size,
     )
 
@@ -138,6 +149,54 @@ def _weights(words, NIBBLE: tl.constexpr, zeros, HAS_ZEROS: tl.constexpr, DTYPE:
     return weight
 
 
+@triton.jit
+def _nibble(
+    words,
+    NIBBLE: tl.constexpr,
+    zeros,
+    HAS_ZEROS: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    if IN_PAIRS:
+        return _weights(words, NIBBLE, zeros, HAS_ZEROS, DTYPE)
+    else:
+        return _plain_weights(words, NIBBLE, zeros, DTYPE)
+
+
+@triton.jit
+def _joined(
+    words,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    zeros,
+    HAS_ZEROS: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """COUNT nibbles from FIRST on, inputs in their order: [BLOCK_OUT, COUNT * RUN]. Each is in
+    registers of its own, so that to join them moves nothing."""
+    if COUNT == 1:
+        return _nibble(words, FIRST, zeros, HAS_ZEROS, IN_PAIRS, DTYPE)
+    else:
+        HALF: tl.constexpr = COUNT // 2
+        low = _joined(words, FIRST, HALF, zeros, HAS_ZEROS, IN_PAIRS, DTYPE)
+        high = _joined(words, FIRST + HALF, HALF, zeros, HAS_ZEROS, IN_PAIRS, DTYPE)
+        both = tl.permute(tl.join(low, high), (0, 2, 1))
+        return tl.reshape(both, (words.shape[0], COUNT * words.shape[1]))
+
+
+@triton.jit
+def _group(scales_ptr, zeros_ptr, groups, HAS_ZEROS: tl.constexpr):
+    """Scales and zero points: [BLOCK_OUT] each."""
+    scales = tl.load(scales_ptr + groups)
+    if HAS_ZEROS:
+        zeros = tl.load(zeros_ptr + groups).to(tl.int32)
+    else:
+        zeros = tl.full(groups.shape, 8, dtype=tl.int32)
+    return scales, zeros
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _product_kernel(
     x_ptr,
@@ -151,25 +210,27 @@ def _product_kernel(
     num_rows,
     num_inputs,
     num_outputs,
-    num_words,
+    num_runs,
     num_groups,
-    group_size,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    TILE_OUT: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     ROWS: tl.constexpr,
     RUN: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     SAME_GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     IN_PAIRS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """BLOCK_OUT outputs of ROWS rows, over a part of the inputs: integers less zero points times x
-    transposed, then scales.
+    transposed, then scales. The scales of a group are asked for while the group before is
+    multiplied; asked for when they are wanted, they would be most of a step's time.
 
-    num_words: of an output, num_inputs / 4. SAME_GROUP: so many runs of inputs that follow each
-    other have one scale. IN_PAIRS: two 16-bit weights at a time, which Triton's interpreter cannot.
+    SAME_GROUP: so many nibbles of a run of words have one scale. IN_PAIRS: two 16-bit weights at a
+    time, which Triton's interpreter cannot.
     """
     let_next_start(OVERLAP)
     outputs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -177,43 +238,38 @@ def _product_kernel(
     is_row = rows < num_rows
     # Outputs beyond the last one are computed as the last one is, and not stored.
     place = tl.minimum(outputs, num_outputs - 1).to(tl.int64)
-    lanes = tl.arange(0, RUN)
-    row_ptrs = words_ptr + place[:, None] * num_words + lanes[None, :]
-    scales_ptr += place * num_groups
-    x_ptrs = x_ptr + rows.to(tl.int64)[None, :] * num_inputs + lanes[:, None]
+    first_words = place // TILE_OUT * (TILE_OUT * num_runs * RUN) + place % TILE_OUT * RUN
+    word_ptrs = words_ptr + first_words[:, None] + tl.arange(0, RUN)[None, :]
+    first_groups = place * num_groups
+    inputs = tl.arange(0, SAME_GROUP * RUN)
+    x_ptrs = x_ptr + rows.to(tl.int64)[None, :] * num_inputs + inputs[:, None]
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    NUM_GROUPS: tl.constexpr = 4 // SAME_GROUP
     acc = tl.zeros([BLOCK_OUT, ROWS], dtype=tl.float32)
-    steps = tl.cdiv(num_words // RUN, SPLITS)
-    start = tl.program_id(2) * steps * RUN
-    end = tl.minimum(start + steps * RUN, num_words)
+    steps = tl.cdiv(num_runs, tl.num_programs(2))
+    start = tl.program_id(2) * steps
+    end = tl.minimum(start + steps, num_runs)
+    scales, zeros = _group(
+        scales_ptr, zeros_ptr, first_groups + 4 * start * RUN // GROUP_SIZE, HAS_ZEROS
+    )
     wait_for_previous(OVERLAP)
-    for word in tl.range(start, end, RUN, num_stages=NUM_STAGES):
-        words = tl.load(row_ptrs + word)
-        for part in tl.static_range(NUM_GROUPS):
-            group = (4 * word + part * SAME_GROUP * RUN) // group_size
-            scales = tl.load(scales_ptr + group).to(tl.float32)
-            if HAS_ZEROS:
-                zeros = tl.load(zeros_ptr + place * num_groups + group).to(tl.int32)
-            else:
-                zeros = tl.full([BLOCK_OUT], 8, dtype=tl.int32)
-            dots = tl.zeros([BLOCK_OUT, ROWS], dtype=tl.float32)
-            for index in tl.static_range(SAME_GROUP):
-                x = tl.load(
-                    x_ptrs + (4 * word + (part * SAME_GROUP + index) * RUN),
-                    mask=is_row[None, :],
-                    other=0.0,
-                )
-                if IN_PAIRS:
-                    weight = _weights(words, part * SAME_GROUP + index, zeros, HAS_ZEROS, DTYPE)
-                else:
-                    weight = _plain_weights(words, part * SAME_GROUP + index, zeros, DTYPE)
-                dots = tl.dot(weight, x, dots, input_precision="ieee")
-            acc += scales[:, None] * dots
+    for run in tl.range(start, end, num_stages=NUM_STAGES):
+        words = tl.load(word_ptrs + run * (TILE_OUT * RUN))
+        for part in tl.static_range(4 // SAME_GROUP):
+            first = (4 * run + part * SAME_GROUP) * RUN
+            following = tl.minimum(first + SAME_GROUP * RUN, num_inputs - 1) // GROUP_SIZE
+            next_scales, next_zeros = _group(
+                scales_ptr, zeros_ptr, first_groups + following, HAS_ZEROS
+            )
+            x = tl.load(x_ptrs + first, mask=is_row[None, :], other=0.0)
+            FIRST: tl.constexpr = part * SAME_GROUP
+            weight = _joined(words, FIRST, SAME_GROUP, zeros, HAS_ZEROS, IN_PAIRS, DTYPE)
+            dots = tl.dot(weight, x, input_precision="ieee")
+            acc += scales.to(tl.float32)[:, None] * dots
+            scales, zeros = next_scales, next_zeros
     places = rows.to(tl.int64)[None, :] * num_outputs + outputs[:, None]
     mask = is_row[None, :] & (outputs < num_outputs)[:, None]
     is_last = True
-    if SPLITS > 1:
+    if IS_SPLIT:
         # Whoever comes last finds all parts in memory and adds them in their order: no second
         # launch, and the same sum every time. The barrier puts every thread's stores before the
         # release of the one that counts.
@@ -221,11 +277,11 @@ def _product_kernel(
         tl.store(partial_ptr + tl.program_id(2) * part_size + places, acc, mask=mask)
         tl.debug_barrier()
         meeting_ptr = num_arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        is_last = tl.atomic_add(meeting_ptr, 1, sem="acq_rel") == SPLITS - 1
+        is_last = tl.atomic_add(meeting_ptr, 1, sem="acq_rel") == tl.num_programs(2) - 1
         if is_last:
             tl.store(meeting_ptr, 0)
             acc = tl.zeros([BLOCK_OUT, ROWS], dtype=tl.float32)
-            for split in tl.static_range(SPLITS):
+            for split in range(tl.num_programs(2)):
                 part_ptrs = partial_ptr + split * part_size + places
                 acc += tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
     if is_last:
@@ -241,38 +297,40 @@ def _dequantize_kernel(
     zeros_ptr,
     weight_ptr,
     num_outputs,
-    num_words,
+    num_runs,
     num_groups,
     group_size,
     HAS_ZEROS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
+    TILE_OUT: tl.constexpr,
     RUN: tl.constexpr,
     NUM_RUNS: tl.constexpr,
 ):
-    """NUM_RUNS runs of words of BLOCK_OUT outputs, written out."""
-    outputs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    """NUM_RUNS runs of words of a tile of outputs, written out."""
+    outputs = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)
     is_output = outputs < num_outputs
     place = outputs.to(tl.int64)
     lanes = tl.arange(0, RUN)
+    in_tile = tl.arange(0, TILE_OUT)[:, None] * RUN + lanes[None, :]
     for index in tl.static_range(NUM_RUNS):
-        word = (tl.program_id(1) * NUM_RUNS + index) * RUN
-        row_ptrs = words_ptr + place[:, None] * num_words + (word + lanes)[None, :]
-        words = tl.load(row_ptrs, mask=is_output[:, None], other=0)
+        run = tl.program_id(1) * NUM_RUNS + index
+        tile_run = tl.program_id(0).to(tl.int64) * num_runs + run
+        words = tl.load(words_ptr + tile_run * (TILE_OUT * RUN) + in_tile)
         for nibble in tl.static_range(4):
-            first = 4 * word + nibble * RUN
+            first = (4 * run + nibble) * RUN
             grid = place * num_groups + first // group_size
             scales = tl.load(scales_ptr + grid, mask=is_output, other=0.0).to(tl.float32)
             if HAS_ZEROS:
                 zeros = tl.load(zeros_ptr + grid, mask=is_output, other=0).to(tl.int32)
             else:
-                zeros = tl.full([BLOCK_OUT], 8, dtype=tl.int32)
+                zeros = tl.full([TILE_OUT], 8, dtype=tl.int32)
             weight = _plain_weights(words, nibble, zeros, tl.float32) * scales[:, None]
-            out_ptrs = weight_ptr + place[:, None] * (4 * num_words) + (first + lanes)[None, :]
+            columns = (first + lanes)[None, :]
+            out_ptrs = weight_ptr + place[:, None] * (4 * num_runs * RUN) + columns
             tl.store(out_ptrs, weight.to(weight_ptr.dtype.element_ty), mask=is_output[:, None])
 
 
 class Tile(NamedTuple):
-    """What a program computes, how far it reads ahead, and how many of them an SM should get."""
+    """What a program computes, how far it reads ahead, and for how many of them an SM has room."""
 
     num_rows: int
     num_outputs: int
@@ -281,15 +339,16 @@ class Tile(NamedTuple):
     num_per_sm: int
 
 
-_TILES = (
-    Tile(num_rows=8, num_outputs=64, num_warps=4, num_stages=6, num_per_sm=4),
-    Tile(num_rows=16, num_outputs=64, num_warps=4, num_stages=5, num_per_sm=4),
-    Tile(num_rows=32, num_outputs=128, num_warps=4, num_stages=4, num_per_sm=2),
-    Tile(num_rows=64, num_outputs=128, num_warps=4, num_stages=4, num_per_sm=2),
-    Tile(num_rows=128, num_outputs=128, num_warps=8, num_stages=3, num_per_sm=2),
-)
-"""By their rows. Not one of them has been measured yet: chosen by what the compiler makes of them
-for a Hopper (instructions per weight, shared memory, registers)."""
+_TILES = {
+    1: Tile(num_rows=8, num_outputs=128, num_warps=4, num_stages=4, num_per_sm=3),
+    8: Tile(num_rows=8, num_outputs=32, num_warps=2, num_stages=6, num_per_sm=9),
+    16: Tile(num_rows=16, num_outputs=128, num_warps=8, num_stages=4, num_per_sm=3),
+    32: Tile(num_rows=32, num_outputs=64, num_warps=4, num_stages=6, num_per_sm=3),
+    128: Tile(num_rows=64, num_outputs=64, num_warps=4, num_stages=3, num_per_sm=3),
+    MAX_ROWS: Tile(num_rows=128, num_outputs=64, num_warps=4, num_stages=3, num_per_sm=2),
+}
+"""By the rows up to which each is the best of those that were measured on an H200, with the shapes
+of an 8B model (docs/dev/trials/m7_product_ways.py)."""
 _FLOAT32_TILE = Tile(num_rows=16, num_outputs=32, num_warps=4, num_stages=2, num_per_sm=2)
 """For checking tokens: no matrix instruction is exact enough."""
 
@@ -297,7 +356,7 @@ _FLOAT32_TILE = Tile(num_rows=16, num_outputs=32, num_warps=4, num_stages=2, num
 def _tile(x: torch.Tensor) -> Tile:
     if x.dtype == torch.float32:
         return _FLOAT32_TILE
-    return next((tile for tile in _TILES if len(x) <= tile.num_rows), _TILES[-1])
+    return next(tile for num_rows, tile in _TILES.items() if len(x) <= num_rows)
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -315,9 +374,8 @@ def multiply(
     """As `linear`, by the kernel and with any tile; x has its inputs in the weight's order."""
     num_rows = len(x)
     num_outputs, num_groups = weight.scales.shape
-    num_words = weight.words.shape[1]
     blocks = (triton.cdiv(num_outputs, tile.num_outputs), triton.cdiv(num_rows, tile.num_rows))
-    splits = _num_splits(blocks[0] * blocks[1], num_words // weight.run, tile, x.device)
+    splits = _num_splits(blocks[0] * blocks[1], weight.num_runs, tile, x.device)
     out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
     partial = out
     if splits > 1:
@@ -329,16 +387,17 @@ def multiply(
         num_rows,
         weight.num_inputs,
         num_outputs,
-        num_words,
+        weight.num_runs,
         num_groups,
-        weight.group_size,
         HAS_ZEROS=weight.zeros is not None,
         HAS_BIAS=bias is not None,
+        TILE_OUT=_TILE_OUT,
         BLOCK_OUT=tile.num_outputs,
         ROWS=tile.num_rows,
         RUN=weight.run,
+        GROUP_SIZE=weight.group_size,
         SAME_GROUP=_num_runs_of_a_group(weight),
-        SPLITS=splits,
+        IS_SPLIT=splits > 1,
         NUM_STAGES=tile.num_stages,
         IN_PAIRS=x.is_cuda and x.dtype != torch.float32,
         num_warps=tile.num_warps,
@@ -347,15 +406,28 @@ def multiply(
     return out
 
 
-def _num_splits(num_programs: int, num_steps: int, tile: Tile, device: torch.device) -> int:
-    """How many programs share the inputs of one output, so that the device is full."""
-    wanted = tile.num_per_sm * _num_sms(device) // num_programs
-    return max(1, min(wanted, num_steps // _MIN_STEPS, _MAX_SPLITS))
+@lru_cache
+def _num_splits(num_blocks: int, num_steps: int, tile: Tile, device: torch.device) -> int:
+    """How many programs share the inputs of one output.
+
+    Programs run in waves of as many as the device has room for, and every wave takes the steps of
+    one program: the least product of the two, and of equals the fewest that must meet.
+    """
+    room = tile.num_per_sm * _num_sms(device)
+    if num_blocks > room:
+        return 1
+    splits, least = 1, triton.cdiv(num_blocks, room) * num_steps
+    for wanted in range(1, min(_MAX_SPLITS, num_steps // _MIN_STEPS) + 1):
+        steps = triton.cdiv(num_steps, wanted)
+        num_programs = num_blocks * triton.cdiv(num_steps, steps)
+        if triton.cdiv(num_programs, room) * steps < least:
+            least, splits = triton.cdiv(num_programs, room) * steps, triton.cdiv(num_steps, steps)
+    return splits
 
 
 def _most_programs(device: torch.device) -> int:
-    """Of a product whose inputs are split: more do not need it."""
-    return max(tile.num_per_sm for tile in _TILES) * _num_sms(device)
+    """Blocks of a product whose inputs are split: with more of them the device is full."""
+    return max(tile.num_per_sm for tile in _TILES.values()) * _num_sms(device)
 
 
 @lru_cache
@@ -377,21 +449,19 @@ def _num_runs_of_a_group(weight: PackedWeight) -> int:
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     """[num_outputs, num_inputs], columns in the order of the kernels (`PackedWeight.order`)."""
     num_outputs, num_groups = weight.scales.shape
-    num_words = weight.words.shape[1]
     out = torch.empty((num_outputs, weight.num_inputs), dtype=dtype, device=weight.words.device)
-    block_out, runs = 32, num_words // weight.run
-    num_runs = gcd(runs, 4)
-    _dequantize_kernel[(triton.cdiv(num_outputs, block_out), runs // num_runs)](
+    num_runs = gcd(weight.num_runs, 4)
+    _dequantize_kernel[(len(weight.words), weight.num_runs // num_runs)](
         weight.words,
         weight.scales,
         weight.zeros,
         out,
         num_outputs,
-        num_words,
+        weight.num_runs,
         num_groups,
         weight.group_size,
         HAS_ZEROS=weight.zeros is not None,
-        BLOCK_OUT=block_out,
+        TILE_OUT=_TILE_OUT,
         RUN=weight.run,
         NUM_RUNS=num_runs,
     )

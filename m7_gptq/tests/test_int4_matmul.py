@@ -57,7 +57,7 @@ def check(matrix: QuantizedMatrix, num_rows: int, dtype: torch.dtype, bias=None)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_inputs", "num_outputs"), SHAPES)
-@pytest.mark.parametrize("num_rows", [1, 2, 17, 65])
+@pytest.mark.parametrize("num_rows", [1, 2, 17, 65] + ([16, 128, 256] if HAS_CUDA else []))
 def test_product_equals_that_of_the_dequantised_weights(
     num_rows, num_inputs, num_outputs, dtype
 ) -> None:
@@ -109,7 +109,7 @@ def test_nibbles_of_a_run_are_inputs_that_follow_each_other() -> None:
     )
     packed = int4_matmul.pack_for_kernel(matrix)
     assert packed.run == 16
-    words = [int(word) & 0xFFFF for word in packed.words[0]]
+    words = [int(word) & 0xFFFF for word in packed.words[0, 0, 0]]
     assert [word >> shift & 15 for word in words[:2] for shift in range(0, 16, 4)] == [0] * 4 + [
         1
     ] * 4
@@ -123,3 +123,20 @@ def test_zero_points_are_kept_only_where_they_differ_from_the_middle() -> None:
 def test_inputs_that_do_not_fill_words_are_refused() -> None:
     with pytest.raises(ValueError, match="12 inputs of 4 bits do not fill words"):
         int4_matmul.pack_for_kernel(quantized(12, 8, group_size=-1))
+
+
+@pytest.mark.parametrize("num_blocks", [1, 7, 64, 132, 192, 384, 1000])
+@pytest.mark.parametrize("num_steps", [1, 3, 12, 32, 97])
+def test_inputs_are_shared_when_that_shortens_the_waves_and_nobody_is_left_without(
+    monkeypatch, num_blocks, num_steps
+) -> None:
+    monkeypatch.setattr(int4_matmul, "_num_sms", lambda device: 132)
+    tile = int4_matmul._TILES[1]
+    splits = int4_matmul._num_splits.__wrapped__(num_blocks, num_steps, tile, DEVICE)
+    steps = -(-num_steps // splits)
+    assert (splits - 1) * steps < num_steps
+    room = 132 * tile.num_per_sm
+    assert -(-num_blocks * splits // room) * steps <= -(-num_blocks // room) * num_steps
+    assert splits == 1 or num_blocks <= room
+    if num_blocks == 64 and num_steps == 32:
+        assert splits == 6  # 384 programs, where there is room for 396

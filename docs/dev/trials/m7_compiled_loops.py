@@ -31,7 +31,7 @@ POINTERS = {
     "x_ptr": "*bf16", "words_ptr": "*i16", "scales_ptr": "*fp16", "out_ptr": "*bf16",
     "partial_ptr": "*fp32", "num_arrived_ptr": "*i32",
 }  # fmt: skip
-SIZES = ("num_inputs", "num_outputs", "num_words", "num_groups", "group_size")
+SIZES = ("num_inputs", "num_outputs", "num_runs", "num_groups")
 """Multiples of 16, as those of a large model are."""
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);")
 
@@ -39,9 +39,9 @@ INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_
 def compile_tile(tile: Tile) -> Any:
     constants: dict[str, Any] = {
         "zeros_ptr": None, "bias_ptr": None, "HAS_ZEROS": False, "HAS_BIAS": False,
-        "BLOCK_OUT": tile.num_outputs, "ROWS": tile.num_rows, "RUN": RUN,
-        "SAME_GROUP": SAME_GROUP, "SPLITS": 1, "NUM_STAGES": tile.num_stages, "IN_PAIRS": True,
-        "OVERLAP": True,
+        "TILE_OUT": int4_matmul._TILE_OUT, "BLOCK_OUT": tile.num_outputs, "ROWS": tile.num_rows,
+        "RUN": RUN, "GROUP_SIZE": 4 * RUN, "SAME_GROUP": SAME_GROUP, "IS_SPLIT": False,
+        "NUM_STAGES": tile.num_stages, "IN_PAIRS": True, "OVERLAP": True,
     }  # fmt: skip
     names = int4_matmul._product_kernel.arg_names
     types = dict.fromkeys(constants, "constexpr") | POINTERS
@@ -94,7 +94,7 @@ def describe(tile: Tile) -> dict[str, Any]:
 
 
 def main(out_file: str) -> None:
-    tiles = [describe(tile) for tile in int4_matmul._TILES]
+    tiles = [describe(tile) for tile in int4_matmul._TILES.values()]
     for tile in tiles:
         print(tile)
     results = {"triton": triton.__version__, "compute_capability": CAPABILITY / 10, "tiles": tiles}
