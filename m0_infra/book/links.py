@@ -4,7 +4,9 @@ import posixpath
 import re
 from collections.abc import Callable
 
-_CODE = re.compile(r"(^ *(`{3,}|~{3,})[^\n]*\n.*?^ *\2[^\n]*$|(`+)[^`].*?\3(?!`))", re.M | re.S)
+_CODE = re.compile(
+    r"(^ *(`{3,}|~{3,})[^\n]*\n.*?^ *\2[^\n]*$|(`+)[^`].*?(?<!`)\3(?!`))", re.M | re.S
+)
 """A fenced block or a span: what looks like a link in it is code."""
 _TARGET = re.compile(r"(?<=\]\()(?P<path>[^)\s#?:]+)(?P<anchor>#[^)\s]*)?(?=\)|\s+\")")
 _FENCE = re.compile(r" *(`{3,}|~{3,})")

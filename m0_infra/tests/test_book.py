@@ -46,6 +46,7 @@ def test_every_file_of_the_repository_has_one_place(path, place):
         ("m1/README.md", "[x](e.py), [y](../README.md)", "[x](e_py.md), [y](../../index.md)"),
         ("docs/a.zh.md", "[x](b.zh.md)", "[x](b.md)"),
         ("docs/a.md", "[x](https://h/e.py) [y](#here)", "[x](https://h/e.py) [y](#here)"),
+        ("docs/a.md", "` ```text ` [x](../e.py) `y`", "` ```text ` [x](source/e_py.md) `y`"),
         ("docs/a.md", "`[x](../e.py)`\n```\n[x](../e.py)\n```\n", None),
         ("docs/a.md", "[x](../gone.py)", None),
     ],
