@@ -105,15 +105,18 @@ def _begins_item(line: str, paragraph: str) -> bool:
 def with_ids_of(original: str, translation: str) -> str:
     """A translated page whose headings can also be linked by the ids of the original's headings.
 
-    A page that is not translated links to those, and is shown in both languages.
+    A page that is not translated links to those, and is shown in both languages. The title stays
+    the first thing on its page, since MkDocs takes the page's name from it.
     """
     ids = iter(heading_id(title) for title in _headings(original))
     lines, is_code = [], False
     for line in translation.split("\n"):
         is_code ^= line.startswith("```")
         if line.startswith("#") and not is_code and (own := next(ids, "")):
-            lines += [f'<a id="{own}"></a>', ""]
-        lines.append(line)
+            anchor = f'<a id="{own}"></a>'
+            lines += [line, "", anchor] if line.startswith("# ") else [anchor, "", line]
+        else:
+            lines.append(line)
     return "\n".join(lines)
 
 

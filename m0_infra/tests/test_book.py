@@ -97,7 +97,8 @@ def test_pages_that_are_made_are_linked_like_files(tree):
 
 def test_translated_page_has_the_ids_of_the_original_too():
     translation = with_ids_of("# A `b`\n\n```\n# no\n```\n\n## 2. C: d", "# 甲\n\n## 2. 乙")
-    assert translation == '<a id="a-b"></a>\n\n# 甲\n\n<a id="2-c-d"></a>\n\n## 2. 乙'
+    # The title comes first: it names the page in MkDocs' navigation.
+    assert translation == '# 甲\n\n<a id="a-b"></a>\n\n<a id="2-c-d"></a>\n\n## 2. 乙'
 
 
 def test_every_link_between_pages_has_its_target_and_its_heading(tree):
