@@ -5,7 +5,8 @@
 Ways: warps of a program share the inputs of its outputs and add their sums at the end, so that no
 program waits for another; the matrix instructions are those of a single warp.
 Joined: the four runs of a word are one operand of 128 inputs, so that one product of matrices is a
-step, and the next weights become numbers while it runs.
+step.
+Once: a program asks for all its words before it waits for the kernel before it, and has no loop.
 """
 
 import argparse
@@ -210,6 +211,87 @@ def _joined_kernel(
         tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def _once_kernel(
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    out_ptr,
+    partial_ptr,
+    num_arrived_ptr,
+    num_rows,
+    num_inputs,
+    num_outputs,
+    num_words,
+    num_groups,
+    BLOCK_OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
+    WAYS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    let_next_start(OVERLAP)
+    first = tl.program_id(0) * BLOCK_OUT
+    outputs = first + tl.arange(0, BLOCK_OUT)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    is_row = rows < num_rows
+    ways = tl.program_id(2) * WAYS + tl.arange(0, WAYS)
+    lanes = tl.arange(0, RUN)
+    tiles = (outputs // TILE).to(tl.int64)
+    out_base = tiles * (TILE * num_words) + outputs % TILE * RUN
+    words = tl.load(
+        words_ptr
+        + out_base[None, :, None]
+        + (ways * (TILE * RUN))[:, None, None]
+        + lanes[None, None, :]
+    )
+    scales = tl.load(scales_ptr + outputs.to(tl.int64)[None, :] * num_groups + ways[:, None])
+    x_ptrs = (
+        x_ptr
+        + rows.to(tl.int64)[None, None, :] * num_inputs
+        + (ways * (4 * RUN))[:, None, None]
+        + lanes[None, :, None]
+    )
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    zeros = tl.full([BLOCK_OUT], 8, dtype=tl.int32)
+    wait_for_previous(OVERLAP)
+    dots = tl.zeros([WAYS, BLOCK_OUT, ROWS], dtype=tl.float32)
+    for index in tl.static_range(4):
+        x = tl.load(x_ptrs + index * RUN, mask=is_row[None, None, :], other=0.0)
+        dots = tl.dot(_weights(words, index, zeros, False, DTYPE), x, dots)
+    total = tl.sum(scales.to(tl.float32)[:, :, None] * dots, axis=0)
+    places = rows.to(tl.int64)[None, :] * num_outputs + outputs[:, None]
+    mask = is_row[None, :] & (outputs < num_outputs)[:, None]
+    is_last = True
+    if IS_SPLIT:
+        num_splits = tl.num_programs(2)
+        part_size = num_rows.to(tl.int64) * num_outputs
+        tl.store(partial_ptr + tl.program_id(2) * part_size + places, total, mask=mask)
+        tl.debug_barrier()
+        meeting_ptr = num_arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        is_last = tl.atomic_add(meeting_ptr, 1, sem="acq_rel") == num_splits - 1
+        if is_last:
+            tl.store(meeting_ptr, 0)
+            total = tl.zeros([BLOCK_OUT, ROWS], dtype=tl.float32)
+            for split in range(num_splits):
+                total += tl.load(
+                    partial_ptr + split * part_size + places,
+                    mask=mask,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+    if is_last:
+        tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+class Once(NamedTuple):
+    num_rows: int
+    num_outputs: int
+    num_warps: int
+    num_ways: int
+
+
 class Ways(NamedTuple):
     num_rows: int
     num_outputs: int
@@ -233,27 +315,31 @@ def with_counters(weight: PackedWeight) -> PackedWeight:
     return weight._replace(num_arrived=torch.zeros(8192, dtype=torch.int32, device=DEVICE))
 
 
-def multiply(x: torch.Tensor, weight: PackedWeight, form: Ways | Joined) -> torch.Tensor:
+def multiply(x: torch.Tensor, weight: PackedWeight, form: Ways | Joined | Once) -> torch.Tensor:
     num_rows = len(x)
     num_outputs, num_groups = weight.scales.shape
     num_words = weight.num_runs * weight.run
     sizes = (num_rows, weight.num_inputs, num_outputs, num_words, num_groups)
     blocks = (triton.cdiv(num_outputs, form.num_outputs), triton.cdiv(num_rows, form.num_rows))
+    splits = weight.num_runs // form.num_ways if isinstance(form, Once) else form.splits
     out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
     part = out
-    if form.splits > 1:
-        part = torch.empty((form.splits, *out.shape), dtype=torch.float32, device=x.device)
+    if splits > 1:
+        part = torch.empty((splits, *out.shape), dtype=torch.float32, device=x.device)
     tensors = (x, weight.words, weight.scales, out, part, weight.num_arrived)
     common: dict[str, Any] = {
         "BLOCK_OUT": form.num_outputs,
         "ROWS": form.num_rows,
         "RUN": weight.run,
-        "NUM_STAGES": form.num_stages,
-        "IS_SPLIT": form.splits > 1,
+        "IS_SPLIT": splits > 1,
         "num_warps": form.num_warps,
         **overlap_options(x.device),
     }
-    grid = (*blocks, form.splits)
+    grid = (*blocks, splits)
+    if isinstance(form, Once):
+        _once_kernel[grid](*tensors, *sizes, WAYS=form.num_ways, **common)
+        return out
+    common["NUM_STAGES"] = form.num_stages
     if isinstance(form, Ways):
         _ways_kernel[grid](*tensors, *sizes, WAYS=form.num_ways, **common)
     else:
@@ -281,6 +367,10 @@ MORE = [
 MORE += [(128, 128, False, 8, 3), (128, 256, True, 8, 3), (128, 128, False, 8, 4)]
 
 
+ONCE = [(64, 8, 8), (64, 4, 8), (64, 4, 4), (32, 4, 8), (32, 4, 16), (64, 8, 16), (128, 8, 4)]
+ONCE += [(128, 8, 8), (16, 4, 16), (32, 8, 16), (32, 2, 4)]
+
+
 def cuts(num_rows: int) -> Iterator[tuple[Any, ...]]:
     """Forms less their splits."""
     if num_rows <= 32:
@@ -294,8 +384,13 @@ def cuts(num_rows: int) -> Iterator[tuple[Any, ...]]:
             yield (Joined, *cut)
 
 
-def forms(num_rows: int, shape: tuple[int, int]) -> Iterator[Any]:
+def forms(num_rows: int, shape: tuple[int, int], kinds: str) -> Iterator[Any]:
     num_outputs, num_inputs = shape
+    if num_rows <= 16:
+        for cut in ONCE:
+            yield Once(8 if num_rows <= 8 else 16, *cut)
+    if kinds == "once":
+        return
     for kind, *cut in cuts(num_rows):
         rows, block = cut[:2]
         blocks = triton.cdiv(num_rows, rows) * triton.cdiv(num_outputs, block)
@@ -332,10 +427,14 @@ def error_of(form: Any, num_rows: int, weight: PackedWeight, plain: torch.Tensor
 
 def compiled_once(tries: list[Any]) -> list[Any]:
     """One form of each that needs a compilation of its own."""
-    return list({(*form[:-1], form.splits > 1): form for form in tries}.values())
+    return list(
+        {(*form[:-1], isinstance(form, Once) or form.splits > 1): form for form in tries}.values()
+    )
 
 
-def measure(name: str, rows: list[int], share: tuple[int, int] | None) -> list[dict[str, Any]]:
+def measure(
+    name: str, rows: list[int], share: tuple[int, int] | None, kinds: str
+) -> list[dict[str, Any]]:
     num_copies = 1 if share else max(6, int(2e8 / (SHAPES[name][0] * SHAPES[name][1] / 2)))
     matrices = [random_matrix(*SHAPES[name]) for _ in range(num_copies)]
     packed = [int4_matmul.pack_for_kernel(matrix) for matrix in matrices]
@@ -343,7 +442,7 @@ def measure(name: str, rows: list[int], share: tuple[int, int] | None) -> list[d
     plain = [matrix.dequantize().to(torch.bfloat16) for matrix in matrices[:8]]
     results = []
     for num_rows in rows:
-        tries = list(forms(num_rows, SHAPES[name]))
+        tries = list(forms(num_rows, SHAPES[name], kinds))
         if share:
             tries = [t for i, t in enumerate(compiled_once(tries)) if i % share[1] == share[0]]
         ways = dict.fromkeys(tries, tiles)
@@ -384,11 +483,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 16, 32, 64, 128, 256])
     parser.add_argument("--compile-share", type=int, nargs=2, metavar=("INDEX", "OF"))
+    parser.add_argument("--kinds", choices=("all", "once"), default="all")
     args = parser.parse_args()
     torch.manual_seed(0)
     results: list[dict[str, Any]] = []
     for name in SHAPES:
-        results += (rows := measure(name, args.rows, args.compile_share))
+        results += (rows := measure(name, args.rows, args.compile_share, args.kinds))
         report(rows)
         args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
