@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.measurement_pages import folder_places, measurement_pages
+from m0_infra.book import links
 from m0_infra.book.tree import BookTree, write_book
 
 _LOG = logging.getLogger("mkdocs.hooks.book")
@@ -25,9 +26,12 @@ search:
 
 # {title}
 
+<script>location.replace("{url}" + location.hash)</script>
 <meta http-equiv="refresh" content="0; url={url}">
 
 <a href="{url}">{url}</a>
+
+{anchors}
 """
 
 
@@ -45,7 +49,10 @@ def on_page_read_source(page: Any, config: Any) -> str | None:
     if language != "zh" or not url.startswith(_ONLY_ENGLISH):
         return None
     up = "../" * page.url.count("/")
-    return _LEAD.format(title=Path(url).stem, url=f"{up}{url}")
+    # Links into the page are checked in this language too.
+    headings = links.headings(page.file.content_string)
+    anchors = "\n".join(f'<a id="{links.heading_id(title)}"></a>' for title in headings)
+    return _LEAD.format(title=Path(url).stem, url=f"{up}{url}", anchors=anchors)
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:

@@ -108,7 +108,7 @@ def with_ids_of(original: str, translation: str) -> str:
     A page that is not translated links to those, and is shown in both languages. The title stays
     the first thing on its page, since MkDocs takes the page's name from it.
     """
-    ids = iter(heading_id(title) for title in _headings(original))
+    ids = iter(heading_id(title) for title in headings(original))
     lines, is_code = [], False
     for line in translation.split("\n"):
         is_code ^= line.startswith("```")
@@ -125,5 +125,6 @@ def heading_id(title: str) -> str:
     return re.sub(r"[^\w\- ]", "", title.strip().lower().replace("`", "")).replace(" ", "-")
 
 
-def _headings(text: str) -> list[str]:
+def headings(text: str) -> list[str]:
+    """The titles of a page's headings, in order; code has none."""
     return re.findall(r"^#+ +(.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)

@@ -1,7 +1,9 @@
 """The book's source tree: links that lead to pages, pages of code."""
 
+import importlib.util
 import posixpath
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,6 +101,19 @@ def test_translated_page_has_the_ids_of_the_original_too():
     translation = with_ids_of("# A `b`\n\n```\n# no\n```\n\n## 2. C: d", "# 甲\n\n## 2. 乙")
     # The title comes first: it names the page in MkDocs' navigation.
     assert translation == '# 甲\n\n<a id="a-b"></a>\n\n<a id="2-c-d"></a>\n\n## 2. 乙'
+
+
+def test_page_of_code_in_chinese_leads_to_the_first_one_at_the_same_heading():
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
+    assert spec is not None and spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    file = SimpleNamespace(content_string="# A\n\n## The B\n\ntext\n")
+    page = SimpleNamespace(url="zh/source/m1/index.html", file=file)
+    text = hooks.on_page_read_source(page, config=None)
+    assert '"../../../source/m1/index.html" + location.hash' in text
+    assert anchors(text) >= {"a", "the-b"}
+    assert hooks.on_page_read_source(SimpleNamespace(url="source/m1/index.html"), None) is None
 
 
 def test_every_link_between_pages_has_its_target_and_its_heading(tree):
