@@ -1,6 +1,6 @@
 """Bar charts: throughput ladder, TTFT and TPOT, memory split."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -8,6 +8,7 @@ from matplotlib.patheffects import Normal, Stroke
 
 from .. import formatting as fmt
 from ..columns import Row, make_rows
+from ..kv_need import kv_tokens_needed
 from ..results import Result, lookup
 from ..stages import is_ladder_stage, stage_label
 from . import style
@@ -15,6 +16,10 @@ from . import style
 BAR_HEIGHT_INCHES = 0.62
 FRAME_INCHES = 2.15
 """Title, axis and footer: what a figure needs beside its bars."""
+
+
+_WORTH_TELLING = 0.01
+"""Part of the memory below which it is not told apart."""
 
 
 def throughput(results: Sequence[Result]) -> Figure:
@@ -101,10 +106,14 @@ def memory(results: Sequence[Result]) -> Figure:
     height = FRAME_INCHES + 0.35 + BAR_HEIGHT_INCHES * len(results)
     on_cpu = all(lookup(r, "peak_memory_bytes.activations") is None for r in results)
     what = "peak resident memory of the process" if on_cpu else "peak allocated device memory"
+    told = (
+        ("holds tokens", "pale green is reserved for tokens and empty")
+        if on_cpu
+        else ("was needed", "green is what requests reserved at once, the pale end what they left")
+    )
     figure = style.new_figure(
-        height, "Where the memory goes, and how much of the KV cache holds tokens",
-        f"The {what}, split into what holds it; pale green is reserved for tokens and empty",
-        results,
+        height, f"Where the memory goes, and how much of the KV cache {told[0]}",
+        f"The {what}; {told[1]}", results,
     )  # fmt: skip
     area = style.plot_area(figure, 0.17) | {"top": 1 - 1.3 / height}
     axes = figure.subplots(gridspec_kw=area)
@@ -116,10 +125,10 @@ def memory(results: Sequence[Result]) -> Figure:
         if any(sizes):
             axes.barh(range(len(results)), sizes, 0.6, left=ends, color=colour, label=part)
             ends = [end + size for end, size in zip(ends, sizes, strict=True)]
-    axes.set_xlim(0, max(ends, default=0.0) * 1.16 or 1.0)
+    axes.set_xlim(0, max(ends, default=0.0) * 1.3 or 1.0)
     axes.set_yticks(range(len(results)), style.labels(results))
     axes.set_ylim(len(results) - 0.45, -0.55)
-    _annotate(axes, ends, [fmt.num_bytes(end * unit) if end else "–" for end in ends])
+    _annotate(axes, ends, [_memory_text(split) for split in splits])
     style.number_ticks(axes.xaxis)
     style.plain_axes(axes, f"{what}, {unit_name}")
     if any(ends):
@@ -141,16 +150,41 @@ def memory_parts(result: Result) -> dict[str, float]:
         key: float(lookup(result, f"peak_memory_bytes.{key}") or 0.0)
         for key in ("total", "weights", "kv_reserved", "kv_live", "activations")
     }
+    needed = _kv_bytes_needed(result, sizes["kv_reserved"])
     parts = {
         "weights": sizes["weights"],
         "KV cache, holding tokens": sizes["kv_live"],
-        "KV cache, reserved and empty": max(0.0, sizes["kv_reserved"] - sizes["kv_live"]),
+        "KV cache, reserved and empty": max(0.0, needed - sizes["kv_live"]),
         "activations": sizes["activations"],
+        style.NOT_NEEDED: max(0.0, sizes["kv_reserved"] - needed),
     }
     rest = sizes["total"] - sum(parts.values())
     if lookup(result, "peak_memory_bytes.activations") is None and rest > 0:
         parts["rest of the process"] = rest
     return parts
+
+
+def _kv_bytes_needed(result: Result, reserved: float) -> float:
+    """What requests held of the KV cache at once; all of it where nothing better is known.
+
+    On a CPU too: what is reserved there and never touched is no part of the peak.
+    """
+    on_cpu = lookup(result, "peak_memory_bytes.activations") is None
+    tokens = None if on_cpu else kv_tokens_needed(result)
+    if tokens is None:
+        return reserved
+    return min(reserved, float(tokens * result["model"]["kv_bytes_per_token"]))
+
+
+def _memory_text(parts: Mapping[str, float]) -> str:
+    """All of it, or what was needed of it where that is less."""
+    whole, left = sum(parts.values()), parts[style.NOT_NEEDED]
+    if not whole:
+        return "–"
+    if left < _WORTH_TELLING * whole:
+        return fmt.num_bytes(whole)
+    needed, _, unit = fmt.num_bytes(whole - left, whole).partition(" / ")
+    return f"{needed} needed of {unit}"
 
 
 def _memory_unit(results: Sequence[Result]) -> tuple[float, str]:

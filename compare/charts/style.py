@@ -27,12 +27,14 @@ STAGE_COLOURS = {
 """Okabe and Ito's colour-blind safe palette (the yellow darkened to be seen on white)."""
 PEER_COLOURS = {"hf": "#9A9A9A", "vllm": "#4D4D4D", "nano_vllm": "#737373"}
 """Peers are greys: they are the yardstick, not the ladder."""
+NOT_NEEDED = "KV cache, not needed"
 MEMORY_COLOURS = {
     "weights": "#5D6D7E",
     "KV cache, holding tokens": "#117733",
     "KV cache, reserved and empty": "#A9DFBF",
     "activations": "#CC6677",
     "rest of the process": "#D5D8DC",
+    NOT_NEEDED: "#EEF3F0",
 }
 INK = "#222222"
 SOFT_INK = "#666666"

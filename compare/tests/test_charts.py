@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from compare.charts import draw_all
+from compare.charts import draw_all, style
 from compare.charts.bars import memory_parts
 from compare.charts.block_map import MAX_ROWS, OWNER_COLOURS, block_map
 from compare.charts.gaps import has_gaps, token_gaps
@@ -122,6 +122,19 @@ def test_text_from_results_is_escaped_in_the_report(tmp_path):
 def test_memory_parts_add_up_to_the_peak():
     for run in (make_run(), make_run(on_cuda=True)):
         assert sum(memory_parts(run).values()) == pytest.approx(run["peak_memory_bytes"]["total"])
+
+
+def test_memory_that_no_request_reserved_is_told_apart_on_a_device_and_not_on_a_cpu():
+    name = style.NOT_NEEDED
+    run = make_run("m3_paged", on_cuda=True)
+    run["steps"]["num_kv_tokens_reserved"] = [64] * len(run["steps"]["num_running"])
+    reserved = run["peak_memory_bytes"]["kv_reserved"]
+    run["peak_memory_bytes"]["kv_live"] = 40 * 46080
+    parts = memory_parts(run)
+    assert parts[name] == reserved - 64 * 46080
+    assert parts["KV cache, reserved and empty"] == 24 * 46080
+    run["peak_memory_bytes"]["activations"] = None
+    assert memory_parts(run)[name] == 0
 
 
 def test_every_stage_and_peer_has_a_colour_of_its_own():
