@@ -1,14 +1,16 @@
 """How long a job of the whole table will take, from what the stored results took."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from .results import load_folder, result_folders
+from .results import load_folder, result_folders, write_text
 from .stages import is_ladder_stage, ladder_order
 from .whole_table import Job
 
+FILE_NAME = "durations.json"
 PER_RUN_S = 3.0
 """Beside the clock: ceilings, warm-up, gate and writing the file."""
 UNKNOWN_RUN_S = 20.0
@@ -36,8 +38,11 @@ class StoredDurations:
     seconds: Mapping[tuple[str, str, str, str], float]
 
     @classmethod
-    def read(cls, results: Path) -> "StoredDurations":
-        found = {}
+    def read(cls, results: Path, to: Path) -> "StoredDurations":
+        """Of the stored results, and what a plan noted of them under `to` where they are not."""
+        file = to / FILE_NAME
+        noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        found = {(stage, model, spec, folder): s for stage, model, spec, folder, s in noted}
         for folder in result_folders(results):
             for result in load_folder(folder):
                 spec = str(result["workload"].get("spec") or result["workload"]["name"])
@@ -45,6 +50,11 @@ class StoredDurations:
                 key = (str(result["stage"]), model, spec, folder.name)
                 found[key] = float(result["duration_s"])
         return cls(found)
+
+    def note(self, to: Path) -> None:
+        """For a machine that gets no stored results: they are large."""
+        lines = ",\n".join(json.dumps([*key, seconds]) for key, seconds in self.seconds.items())
+        write_text(to / FILE_NAME, f"[\n{lines}\n]\n")
 
     def of_run(self, engine: str, model: str, spec: str, folder: str) -> float | None:
         """What this engine took, or its nearest neighbour on the ladder that measured it.

@@ -6,8 +6,9 @@
 
 Every call goes through the jobs of `whole_table.py` in their order, leaves out what
 TO/measured.json lists, and starts no process whose estimate is longer than what is left of
-`--limit`. Files are those of `compare.session measure`, a folder per workload. On a machine that
-starts empty TO needs nothing but measured.json. Runs of another card or commit are refused.
+`--limit`. Files are those of `compare.session measure`, a folder per workload. A machine that
+starts empty needs nothing of TO but measured.json, and, if it has no stored results either,
+durations.json, which `--plan` writes. Runs of another card or commit are refused.
 Exit status 0 if nothing is missing any more, 4 otherwise: call it again.
 """
 
@@ -79,8 +80,9 @@ def _parser(table: Table) -> argparse.ArgumentParser:
 
 
 def print_plan(options: argparse.Namespace, table: Table, clock: Clock, begun: float) -> int:
-    """Calls, their jobs and the seconds of each workload."""
+    """Calls, their jobs and the seconds of each workload; notes what estimates are made of."""
     caller = _caller(options, table)
+    caller.stored.note(options.to)
     entries = read_ledger(options.to)
     jobs = missing_jobs(_jobs(options, table), entries)
     calls = caller.plan(jobs, places(entries))
@@ -106,7 +108,7 @@ def _runs(job: Job) -> str:
 
 
 def _caller(options: argparse.Namespace, table: Table) -> Caller:
-    return Caller(table, StoredDurations.read(options.results), options.limit)
+    return Caller(table, StoredDurations.read(options.results, options.to), options.limit)
 
 
 def _jobs(options: argparse.Namespace, table: Table) -> list[Job]:

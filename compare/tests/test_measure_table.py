@@ -194,6 +194,9 @@ def test_a_plan_says_which_job_runs_in_which_call_and_runs_nothing(
     assert "m2_batching, fit, 1 run: start 60, fitted 10" in lines[2]
     assert lines[-1] == "2 calls, 427 s, as estimated"
     assert machine.commands == []
+    (tmp_path / "stored").rename(tmp_path / "far away")
+    assert measure("--plan", "--limit", "280") == 0
+    assert capsys.readouterr().out.splitlines() == lines
     assert measure("--folders", "many") == 0
     capsys.readouterr()
     assert measure("--plan", "--engines", "m2_batching") == 0
@@ -286,7 +289,7 @@ def test_the_whole_table_gives_each_engine_the_options_it_has():
 
 
 def test_the_whole_table_is_planned_in_calls_of_nine_minutes():
-    stored = StoredDurations.read(ROOT / "compare/results")
+    stored = StoredDurations.read(ROOT / "compare/results", ROOT / "nowhere")
     jobs = WHOLE_TABLE.jobs()
     calls = Caller(WHOLE_TABLE, stored, 540.0).plan(jobs, places([]))
     assert max(sum(job_seconds(job, stored) for job in call) for call in calls) <= 540
