@@ -261,8 +261,9 @@ def _product_kernel(
                 scales_ptr, zeros_ptr, first_groups + following, HAS_ZEROS
             )
             x = tl.load(x_ptrs + first, mask=is_row[None, :], other=0.0)
-            FIRST: tl.constexpr = part * SAME_GROUP
-            weight = _joined(words, FIRST, SAME_GROUP, zeros, HAS_ZEROS, IN_PAIRS, DTYPE)
+            weight = _joined(
+                words, part * SAME_GROUP, SAME_GROUP, zeros, HAS_ZEROS, IN_PAIRS, DTYPE
+            )
             dots = tl.dot(weight, x, input_precision="ieee")
             acc += scales.to(tl.float32)[:, None] * dots
             scales, zeros = next_scales, next_zeros
@@ -340,7 +341,6 @@ class Tile(NamedTuple):
 
 
 _TILES = {
-    1: Tile(num_rows=8, num_outputs=128, num_warps=4, num_stages=4, num_per_sm=3),
     8: Tile(num_rows=8, num_outputs=32, num_warps=2, num_stages=6, num_per_sm=9),
     16: Tile(num_rows=16, num_outputs=128, num_warps=8, num_stages=4, num_per_sm=3),
     32: Tile(num_rows=32, num_outputs=64, num_warps=4, num_stages=6, num_per_sm=3),

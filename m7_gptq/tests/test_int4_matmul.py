@@ -131,7 +131,7 @@ def test_inputs_are_shared_when_that_shortens_the_waves_and_nobody_is_left_witho
     monkeypatch, num_blocks, num_steps
 ) -> None:
     monkeypatch.setattr(int4_matmul, "_num_sms", lambda device: 132)
-    tile = int4_matmul._TILES[1]
+    tile = int4_matmul._TILES[16]
     splits = int4_matmul._num_splits.__wrapped__(num_blocks, num_steps, tile, DEVICE)
     steps = -(-num_steps // splits)
     assert (splits - 1) * steps < num_steps
