@@ -1,13 +1,16 @@
 """Does vLLM compute with a checkpoint of m7_gptq what m7_gptq computes? It needs a GPU and vLLM.
 
-    python docs/dev/trials/m7_in_vllm.py FOLDER… > result.json
+    export PYTHONPATH=.:shared
+    python docs/dev/trials/m7_in_vllm.py --write build/for_vllm
+    python docs/dev/trials/m7_in_vllm.py build/for_vllm/* > result.json
 
-Each folder is a quantised checkpoint. vLLM (a process of its own, per dtype) continues four
-prompts of token ids greedily; this stage's float32 model then computes the logits of each of those
-positions. A token is right if it is our largest logit, or less than MARGIN below it: vLLM keeps
-scales at the model's 16 bits and rounds activations to them. The stage's own engine runs the same
-prompts in the same dtype. Prints one JSON object; the log of vLLM goes to stderr, and says which
-kernels it chose. Exit status 1 if any token is off by more.
+`--write` quantises random models of a few layers, for which no GPU is needed. Each folder is a
+quantised checkpoint. vLLM (a process of its own, per dtype) continues four prompts of token ids
+greedily; this stage's float32 model then computes the logits of each of those positions. A token is
+right if it is our largest logit, or less than MARGIN below it: vLLM keeps scales at the model's 16
+bits and rounds activations to them. The stage's own engine runs the same prompts in the same dtype.
+Prints one JSON object; the log of vLLM goes to stderr, and says which kernels it chose. Exit status
+1 if any token is off by more.
 """
 
 import json
@@ -29,6 +32,25 @@ PROMPTS = (
     [5, 9, 33, 12, 40, 7, 21, 58, 3, 17],
     [1, 88, 260, 480, 282, 392, 335, 260, 499, 288],
 )
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "initializer_range": 0.05,
+}
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-128": ("qwen3", {"group_size": 128}),
+    "llama-32-act-order": ("llama", {"group_size": 32, "desc_act": True}),
+}
 _CHOSEN = re.compile(r"Using (\w+) for AutoGPTQLinearMethod")
 
 
@@ -134,8 +156,38 @@ def compare(folder: str) -> dict[str, Any]:
     return rows
 
 
+def write(target: Path) -> None:
+    import torch
+
+    from compare.peers.checkpoint import save_checkpoint
+    from folovllm.model.loader import load_model
+    from m7_gptq.gptq import QuantizationConfig
+    from m7_gptq.quantize_model import Job, quantize_checkpoint
+
+    architectures = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+    tokens = torch.randint(0, 512, (16, 128), generator=torch.Generator().manual_seed(0))
+    for name, (model_type, options) in OURS.items():
+        source = target.parent / f"{target.name}-{model_type}"
+        source.mkdir(parents=True, exist_ok=True)
+        config = {**SHAPE, "model_type": model_type, "architectures": [architectures[model_type]]}
+        (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        save_checkpoint(
+            load_model(source, load_format="dummy", dtype="bfloat16", device="cpu"), source
+        )
+        job = Job(
+            source=source,
+            target=target / name,
+            config=QuantizationConfig(**options),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+        quantize_checkpoint(job, tokens, lambda report: None)
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "--child":
+    if sys.argv[1] == "--write":
+        write(Path(sys.argv[2]))
+    elif sys.argv[1] == "--child":
         in_vllm(sys.argv[2], sys.argv[3])
     else:
         results = {Path(folder).name: compare(folder) for folder in sys.argv[1:]}
