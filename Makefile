@@ -121,7 +121,7 @@ propagate: | $(READY) ## carry a change of one file to the later stages (STAGE=m
 	$(RUN) -m m0_infra propagate --stage $(STAGE) --file $(FILE)$(EXTRA)
 
 compare: $(RUNTIME) $(MODEL_FILES) ## run every stage on one workload: gate, table, charts, HTML report (PUBLISH=1: into the documents)
-	$(RUN) -m compare run$(if $(PUBLISH),$(space)--publish)$(EXTRA)
+	$(RUN) -m compare run$(if $(PUBLISH),$(space)--publish --repeats 3)$(EXTRA)
 
 charts: $(RUNTIME) ## draw table, charts and report again from the stored results
 	$(RUN) -m compare charts$(EXTRA)

@@ -28,11 +28,12 @@ CPU_PROFILE = Profile(
     workload="chat:num=12,min_output=8,max_output=32",
     model=None,
     dtype="float32",
+    repeats=2,
     stage_workloads={"hf": "chat:4,num=12,min_output=8,max_output=32"},
     engine_options={"max_model_len": "1024", "kv_cache_bytes": "1GiB"},
     bench_options={"gate_requests": "4", "gate_tokens": "8"},
 )
-"""Five engines, three repeats, within minutes on two slow cores; float32 for the exact gate.
+"""Eight engines, two repeats, within minutes on two slow cores; float32 for the exact gate.
 
 The ladder runs the whole workload; Transformers, which takes longest, its beginning. The gate asks
 for little because in float32 the timed outputs are compared too, whole.

@@ -263,6 +263,16 @@ def test_unknown_engines_and_folders_are_refused(measure, capsys, words):
 ROOT = Path(__file__).parents[2]
 
 
+def test_every_request_of_the_whole_table_is_shorter_than_its_limit():
+    from folovllm.workloads.workload import make_workload
+
+    for setting in WHOLE_TABLE.settings:
+        for spec in setting.workloads.values():
+            for request in make_workload(spec, vocab_size=151_936).requests:
+                length = len(request.prompt_token_ids) + request.history_len + request.output_len
+                assert length <= setting.max_model_len
+
+
 def test_the_whole_table_names_engines_that_exist_and_cuts_that_are_beginnings():
     from folovllm.workloads.workload import make_workload
 
