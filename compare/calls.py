@@ -4,11 +4,11 @@ A job is taken whole if it fits into what is left of the call. Only one that is 
 call is taken in parts, since every part starts the engine again.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass, replace
 
 from .estimate import StoredDurations, job_seconds, run_seconds, start_seconds
-from .ledger import Measured
+from .ledger import Measured, Place
 from .stages import is_ladder_stage
 from .whole_table import Job, Table
 
@@ -22,12 +22,10 @@ class Caller:
     limit_s: float
     """Of one call."""
 
-    def next_job(
-        self, jobs: Sequence[Job], left_s: float, done: Collection[tuple[str, str]]
-    ) -> Job | None:
+    def next_job(self, jobs: Sequence[Job], left_s: float, done: Collection[Place]) -> Job | None:
         """The first job that can begin and ends in time; of a very long one the first workloads.
 
-        done: (engine, folder) of what is measured.
+        done: what is measured.
         """
         for job in jobs:
             if not self.can_begin(job, done):
@@ -39,7 +37,7 @@ class Caller:
                 return part
         return None
 
-    def can_begin(self, job: Job, done: Collection[tuple[str, str]]) -> bool:
+    def can_begin(self, job: Job, done: Collection[Place]) -> bool:
         """Whether it is known how much KV cache fits, where that is what the engine gets."""
         source = job.setting.fit_to
         gets_what_fits = source is not None and job.engine not in self.table.without_pool
@@ -58,7 +56,7 @@ class Caller:
             fitting[folder] = spec
         return replace(job, workloads=fitting) if fitting else None
 
-    def plan(self, jobs: Sequence[Job], done: Collection[tuple[str, str]]) -> list[list[Job]]:
+    def plan(self, jobs: Sequence[Job], done: Collection[Place]) -> list[list[Job]]:
         """Jobs by call; ValueError if one workload alone is longer than a call."""
         left, finished = list(jobs), set(done)
         calls: list[list[Job]] = []
@@ -68,7 +66,7 @@ class Caller:
             while (job := self.next_job(left, left_s, finished)) is not None:
                 call.append(job)
                 left_s -= job_seconds(job, self.stored)
-                finished |= {(job.engine, folder) for folder in job.workloads}
+                finished |= places_of(job)
                 left = without(left, job)
             if not call:
                 raise ValueError(
@@ -92,8 +90,17 @@ def without(jobs: Sequence[Job], taken: Job) -> list[Job]:
     return left
 
 
-def places(entries: Sequence[Measured]) -> set[tuple[str, str]]:
-    """(engine, folder) of what is measured."""
+def in_turn(jobs: Sequence[Job], failed: Set[Place]) -> list[Job]:
+    """The jobs in their order, but last those that failed: they may fail and take time again."""
+    return sorted(jobs, key=lambda job: not failed.isdisjoint(places_of(job)))
+
+
+def places_of(job: Job) -> set[Place]:
+    return {(job.engine, folder) for folder in job.workloads}
+
+
+def places(entries: Sequence[Measured]) -> set[Place]:
+    """Of what is measured."""
     return {(entry.engine, entry.folder) for entry in entries}
 
 

@@ -5,7 +5,7 @@ done, and how much KV cache an engine needed for a workload (`--kv-cache-bytes f
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +14,9 @@ from .origin import Origin, origin_of
 from .results import Result, write_text
 
 FILE_NAME = "measured.json"
+FAILED = "failed.json"
+Place = tuple[str, str]
+"""(engine, folder)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,18 @@ def record(to: Path, new: Measured) -> None:
     entries = [entry for entry in read_ledger(to) if (entry.engine, entry.folder) != place]
     text = ",\n".join(json.dumps(asdict(entry)) for entry in (*entries, new))
     write_text(to / FILE_NAME, f"[\n{text}\n]\n")
+
+
+def read_failed(to: Path) -> set[Place]:
+    """What was tried last without success."""
+    file = to / FAILED
+    if not file.is_file():
+        return set()
+    return {(engine, folder) for engine, folder in json.loads(file.read_text(encoding="utf-8"))}
+
+
+def write_failed(to: Path, places: Collection[Place]) -> None:
+    write_text(to / FAILED, json.dumps(sorted(places)) + "\n")
 
 
 def fit_tokens(to: Path, engine: str, specs: Sequence[str], max_model_len: int) -> int:

@@ -7,8 +7,8 @@
 Every call goes through the jobs of `whole_table.py` in their order, leaves out what
 TO/measured.json lists, and starts no process whose estimate is longer than what is left of
 `--limit`. Files are those of `compare.session measure`, a folder per workload. A machine that
-starts empty needs nothing of TO but measured.json, and, if it has no stored results either,
-durations.json, which `--plan` writes. Runs of another card or commit are refused.
+starts empty needs nothing of TO but measured.json, failed.json, and, if it has no stored results
+either, durations.json, which `--plan` writes. Runs of another card or commit are refused.
 Exit status 0 if nothing is missing any more, 4 otherwise: call it again.
 """
 
@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .calls import Caller, missing_jobs, places, without
+from .calls import Caller, in_turn, missing_jobs, places, places_of, without
 from .estimate import StoredDurations, job_seconds, run_seconds, start_seconds
-from .ledger import read_ledger
+from .ledger import read_failed, read_ledger, write_failed
 from .origin import one_origin, this_origin
 from .processes import log_tail, run_process
 from .publish import RESULTS_FOLDER
@@ -84,7 +84,7 @@ def print_plan(options: argparse.Namespace, table: Table, clock: Clock, begun: f
     caller = _caller(options, table)
     caller.stored.note(options.to)
     entries = read_ledger(options.to)
-    jobs = missing_jobs(_jobs(options, table), entries)
+    jobs = in_turn(missing_jobs(_jobs(options, table), entries), read_failed(options.to))
     calls = caller.plan(jobs, places(entries))
     for number, call in enumerate(calls, start=1):
         seconds = sum(job_seconds(job, caller.stored) for job in call)
@@ -122,7 +122,7 @@ def measure_table(options: argparse.Namespace, table: Table, clock: Clock, begun
     caller, stages = _caller(options, table), discover_stages(Path())
     _check_origin(options)
     jobs = _jobs(options, table)
-    left = _installed(missing_jobs(jobs, read_ledger(options.to)))
+    left = in_turn(_installed(missing_jobs(jobs, read_ledger(options.to))), read_failed(options.to))
     while left:
         left_s = options.limit - (clock() - begun)
         job = caller.next_job(left, left_s, places(read_ledger(options.to)))
@@ -133,14 +133,21 @@ def measure_table(options: argparse.Namespace, table: Table, clock: Clock, begun
         started = clock()
         command = job_command(job, stages[job.engine], table, options)
         failure = run_job(job, command, options.to, min(left_s, LATE * estimate_s + 60))
+        _note_failed(job, options.to)
         _say(
             f"{job.engine}, {job.setting.name}: {clock() - started:.0f} s, "
             f"{estimate_s:.0f} estimated; {failure or ', '.join(job.workloads)}"
         )
-    missing = missing_jobs(jobs, read_ledger(options.to))
-    for job in missing:
+    still_missing = missing_jobs(jobs, read_ledger(options.to))
+    for job in still_missing:
         _say(f"missing: {job.engine}: {', '.join(job.workloads)}")
-    return EXIT_INCOMPLETE if missing else 0
+    return EXIT_INCOMPLETE if still_missing else 0
+
+
+def _note_failed(job: Job, to: Path) -> None:
+    """Remember what of the job was not measured, and forget what was."""
+    missing = [places_of(rest) for rest in missing_jobs([job], read_ledger(to))]
+    write_failed(to, (read_failed(to) - places_of(job)).union(*missing))
 
 
 def _check_origin(options: argparse.Namespace) -> None:

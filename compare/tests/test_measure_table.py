@@ -173,6 +173,17 @@ def test_a_failure_is_told_with_the_end_of_its_log_and_stops_nothing(machine, me
     assert "missing: m2_batching: few" in told and len(machine.commands) == 3
 
 
+def test_what_failed_is_tried_again_after_everything_else(machine, measure):
+    machine.broken, machine.seconds = {"few"}, 100
+    assert measure("--limit", "140", "--engines", "m2_batching") == EXIT_INCOMPLETE
+    machine.broken, machine.seconds = set(), 10
+    assert measure("--folders", "few,many") == 0
+    assert machine.commands[1:] == [
+        ("m5_chunked", "few=nano:2", "many=nano:1"),
+        ("m2_batching", "few=nano:2", "many=nano:8"),
+    ]
+
+
 def test_a_job_waits_for_the_run_that_shows_what_it_needs(machine, measure, capsys):
     assert measure("--folders", "fitted") == EXIT_INCOMPLETE
     assert machine.commands == [] and "missing: m2_batching: fitted" in capsys.readouterr().out
