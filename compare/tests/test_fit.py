@@ -109,8 +109,9 @@ def test_with_what_fits_as_many_requests_run_at_once_as_with_plenty(sessions, en
     assert max(fit["steps"]["num_running"]) == max(plenty["steps"]["num_running"]) == 6
     assert not any(fit["steps"]["num_preemptions"])
     assert kv_tokens_needed(fit) == kv_tokens_needed(plenty)
-    peaks = [run["peak_memory_bytes"]["kv_reserved"] for run in (fit, plenty)]
-    assert peaks[0] < peaks[1]
+    given, before = (run["peak_memory_bytes"]["kv_reserved"] for run in (fit, plenty))
+    assert given < before
+    assert given == kv_tokens_needed(plenty) * plenty["model"]["kv_bytes_per_token"]
 
 
 def test_slots_take_more_than_blocks_and_the_list_says_what_was_measured(sessions):

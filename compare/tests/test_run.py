@@ -10,6 +10,7 @@ from compare.runner import plan_runs
 from compare.stages import Stage, config_fields, discover_stages, select_stages, stage_label
 from compare.tests.fake_stage import make_stage
 from compare.tests.synthetic import make_run
+from compare.tests.test_data_tables import PROFILE
 
 FOLDER = "compare/results/cpu-2-cores/nano"
 MEASURE = ["run", "--device", "cpu", "--workload", "nano", "--stages", "m1_baseline,m2_batching"]
@@ -138,8 +139,13 @@ def test_failing_gate_publishes_nothing_and_keeps_the_runs(root, capsys):
 
 def test_results_are_a_users_own_unless_they_are_published(root):
     two_stages(root)
-    marked = "<!-- compare:cpu-2-cores/nano:begin -->\n<!-- compare:cpu-2-cores/nano:end -->\n"
+    keys = ("cpu-2-cores/nano", "data/profile")
+    marked = "\n".join(
+        f"<!-- compare:{key}:{edge} -->" for key in keys for edge in ("begin", "end")
+    )
     (root / "README.md").write_text(marked)
+    (root / "docs/dev/data").mkdir(parents=True)
+    (root / "docs/dev/data/profile.json").write_text(json.dumps(PROFILE))
     assert main([*MEASURE, "--repeats", "1"]) == 0
     assert (root / "build/compare/cpu-2-cores/nano/report.html").is_file()
     assert (root / "README.md").read_text() == marked and not (root / "compare").exists()
