@@ -16,6 +16,8 @@ def data_tables(root: Path) -> dict[str, str]:
     tables = {}
     for file in sorted((root / DATA_FOLDER).glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            continue  # a list of rows, which a script of its own reads
         if "groups" in content.get("decode", {}):
             tables[f"{KEY}/{file.stem}"] = format_profile(content, num_rows=12)
         elif "rows" in content and "ceilings" in content:

@@ -81,12 +81,17 @@ def write_tables(folders: Sequence[Path], root: Path) -> list[Path]:
     folders = _of_project(folders, root)
     if not folders:
         return []
-    tables = {}
+    return update_documents(root, document_tables(folders, root))
+
+
+def document_tables(folders: Sequence[Path], root: Path) -> dict[str, str]:
+    """Markdown by key of its marker: of these folders, and of what lies in `docs/dev/data`."""
+    tables = data_tables(root)
     for folder in folders:
         results = load_folder(folder)
         tables[folder_key(folder)] = markdown_table(results)
         tables[f"{folder_key(folder)}/{SHORT}"] = short_table(results)
-    return update_documents(root, {**tables, **data_tables(root)})
+    return tables
 
 
 def _of_project(folders: Sequence[Path], root: Path) -> list[Path]:

@@ -49,6 +49,7 @@ def root(tmp_path):
     (folder / "profile.json").write_text(json.dumps(PROFILE))
     (folder / "attention.json").write_text(json.dumps(attention_content()))
     (folder / "something_else.json").write_text("{}")
+    (folder / "rows.json").write_text("[1, 2]")
     return tmp_path
 
 

@@ -4,13 +4,14 @@ from pathlib import Path
 import pytest
 
 from compare.columns import SHORT_COLUMNS, table_cells
+from compare.documents import marked_documents, replace_marked
 from compare.measurement_pages import (
     folder_places,
     measurement_pages,
     pages_beside_results,
     write_pages,
 )
-from compare.publish import write_tables
+from compare.publish import document_tables, write_tables
 from compare.results import result_folders, write_json
 from compare.table import short_table
 from compare.tests.synthetic import make_run
@@ -32,6 +33,14 @@ def test_pages_beside_the_results_are_those_of_what_is_stored():
     """`python -m compare table` writes them."""
     for file, text in pages_beside_results(ROOT).items():
         assert file.read_text(encoding="utf-8") == text
+
+
+def test_tables_in_documents_are_those_of_what_is_stored():
+    """`python -m compare table` writes them too."""
+    tables = document_tables(result_folders(ROOT / "compare/results"), ROOT)
+    for document in marked_documents(ROOT):
+        text = document.read_text(encoding="utf-8")
+        assert replace_marked(text, tables, str(document)) == text
 
 
 def test_every_link_of_a_page_leads_to_a_file(root):
