@@ -7,7 +7,10 @@ All in one process: nothing is written but the result, after every trial. Perple
 whole text, in windows of 512 and 2,048 (`--windows`, `--num-windows`). A matrix's error is |WX -
 QX|² / |WX|², for inputs of the calibration text, and for inputs of another part of it that no
 Hessian has seen (*held out*); beside GPTQ's there is that of rounding the same matrix to nearest.
-The machine's weights and sums are float32.
+Bytes are those of packed matrices (q, k, v as one; gate, up as one), with scales, zero points and
+`g_idx`. The machine's weights and sums are float32.
+
+`--calibration FILE` can be shared/folovllm/data/calibration.txt, the text of the package.
 """
 
 import argparse
@@ -26,6 +29,7 @@ from folovllm.model.loader import load_model, resolve_model_directory
 from folovllm.model.transformer import CausalLM, DecoderLayer
 from folovllm.text.tokenizer import Tokenizer
 from m7_gptq.gptq import QuantizationConfig, relative_error, round_to_nearest
+from m7_gptq.packing import V2, pack_matrix
 from m7_gptq.perplexity import perplexity
 from m7_gptq.quantize_model import (
     Method,
@@ -35,8 +39,8 @@ from m7_gptq.quantize_model import (
 )
 from m7_gptq.whole_sequences import Activations, embed
 
-NUM_HELD_OUT = 16
-"""Sequences at the end of the calibration text, which no trial is calibrated with."""
+HELD_OUT_LEN = 512
+"""Tokens of a sequence at the end of the calibration text, which no trial is calibrated with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,13 @@ def trials() -> dict[str, Trial]:
     add("gptq-g128-static", desc_act=True, static_groups=True)
     add("rtn-g128-mse", rtn, mse=True)
     add("gptq-g64", group_size=64)
+    add("rtn-g64", rtn, group_size=64)
+    add("rtn-row", rtn, group_size=-1)
+    for name, size in (("g32", 32), ("g64", 64), ("row", -1)):
+        add(f"gptq-{name}-act-first-32", group_size=size, desc_act=True, first_token_weight=32.0)
+    for bits in (2, 3, 8):
+        add(f"rtn-b{bits}-g128", rtn, bits=bits)
+        add(f"gptq-b{bits}-g128-act-first-32", bits=bits, desc_act=True, first_token_weight=32.0)
     return table
 
 
@@ -107,16 +118,19 @@ class Texts:
 
     calibration: list[int]
     evaluation: list[int]
+    num_held_out: int
+    """Sequences of `HELD_OUT_LEN`."""
 
     def sequences(self, num_sequences: int, length: int) -> torch.Tensor:
         """[num_sequences, length] int64; fewer, if the text has no more beside the held out."""
-        usable = len(self.calibration) - NUM_HELD_OUT * 512
+        usable = len(self.calibration) - self.num_held_out * HELD_OUT_LEN
         num_sequences = min(num_sequences, usable // length)
         return torch.tensor(self.calibration[: num_sequences * length]).view(-1, length)
 
     def held_out(self) -> torch.Tensor:
-        """[NUM_HELD_OUT, 512] int64"""
-        return torch.tensor(self.calibration[-NUM_HELD_OUT * 512 :]).view(-1, 512)
+        """[num_held_out, HELD_OUT_LEN] int64"""
+        length = self.num_held_out * HELD_OUT_LEN
+        return torch.tensor(self.calibration[-length:]).view(-1, HELD_OUT_LEN)
 
 
 class Bench:
@@ -128,6 +142,8 @@ class Bench:
             {name: linear.weight.clone() for name, linear in plain_linears(layer).items()}
             for layer in model.layers
         ]
+        self.packed_bytes = 0
+        """Of the matrices that the last trial quantised."""
 
     def quantize(self, trial: Trial) -> dict[str, list[dict[str, float]]]:
         """Quantise all layers; returns kind of error -> one per layer: matrix -> error."""
@@ -135,6 +151,7 @@ class Bench:
         for layer, weights in zip(model.layers, self.weights, strict=True):
             for name, linear in plain_linears(layer).items():
                 linear.weight.copy_(weights[name])
+        self.packed_bytes = 0
         sequences = self.texts.sequences(trial.num_sequences, trial.sequence_len)
         seen, fresh = (
             embed(tokens.to(model.device), model.embed_tokens)
@@ -156,7 +173,9 @@ class Bench:
         linears = plain_linears(layer)
         unseen = record_hessians(layer, rope, fresh)
         hessians = self._hessians(layer, trial, seen)
-        kinds = ("calibration", "held_out", "rtn_held_out", "held_out_first_tokens")
+        kinds = (
+            "calibration", "rtn_calibration", "held_out", "rtn_held_out", "held_out_first_tokens"
+        )  # fmt: skip
         errors: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
         only_first = record_first_tokens(layer, self.model, fresh)
         for name, linear in linears.items():
@@ -167,8 +186,11 @@ class Bench:
             weight = linear.weight.clone()
             matrix = trial.method.quantize(weight, hessians[name], trial.config)
             linear.weight.copy_(matrix.dequantize())
+            packed = pack_matrix(matrix, trial.config.bits, V2)
+            self.packed_bytes += sum(tensor.nbytes for tensor in packed)
             nearest = round_to_nearest(weight, trial.config)
             errors["calibration"][name] = relative_error(weight, matrix, hessians[name])
+            errors["rtn_calibration"][name] = relative_error(weight, nearest, hessians[name])
             errors["held_out"][name] = relative_error(weight, matrix, unseen[name])
             errors["rtn_held_out"][name] = relative_error(weight, nearest, unseen[name])
             errors["held_out_first_tokens"][name] = relative_error(weight, matrix, only_first[name])
@@ -215,6 +237,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, nargs="+", default=[2048, 512])
     parser.add_argument("--num-windows", type=int, help="default: all")
     parser.add_argument("--most-sequences", type=int, help="less calibration, for slow machines")
+    parser.add_argument("--held-out", type=int, default=16, help="sequences for errors only")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no trial after that")
     return parser.parse_args(argv)
 
@@ -236,7 +259,8 @@ def main() -> None:
         *(
             tokenizer.encode(file.read_text(encoding="utf-8"))
             for file in (options.calibration, options.text)
-        )
+        ),
+        options.held_out,
     )
     model = load_model(source, device=options.device, dtype="float32")
     bench = Bench(model, texts)
@@ -246,6 +270,11 @@ def main() -> None:
         "calibration": options.calibration.name,
         "text": options.text.name,
         "num_windows": options.num_windows,
+        "num_held_out": options.held_out,
+        "matrix_weights": sum(
+            weight.numel() for weights in bench.weights for weight in weights.values()
+        ),
+        "embedding_weights": model.embed_tokens.numel(),
         "trials": [{"name": "source", "perplexity": measure(bench, options)}],
     }
     for name, trial in chosen.items():
@@ -261,6 +290,7 @@ def main() -> None:
                 trial.num_sequences, trial.sequence_len
             ).numel(),
             "perplexity": measure(bench, options),
+            "packed_bytes": bench.packed_bytes,
             "quantize_s": quantized - before,
             "perplexity_s": time.perf_counter() - quantized,
             "errors": errors,
