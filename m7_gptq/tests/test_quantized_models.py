@@ -13,7 +13,7 @@ from folovllm.model.loader import load_model
 from folovllm.model.weights import Checkpoint, load_file, save_safetensors
 from folovllm.request import SamplingParams
 from folovllm.testing.toy_models import toy_families, write_toy_model
-from m7_gptq.gptq import QuantizationConfig
+from m7_gptq.gptq import QuantizationConfig, quantize, relative_error, round_to_nearest
 from m7_gptq.llm import LLM
 from m7_gptq.packing import V1, V2
 from m7_gptq.perplexity import perplexity
@@ -23,8 +23,10 @@ from m7_gptq.quantize_model import (
     LayerReport,
     Method,
     dequantize_checkpoint,
+    plain_linears,
     quantize_checkpoint,
     record_hessians,
+    run_in_place,
 )
 from m7_gptq.quantized_linear import QuantizedLinear, linears_of, random_linears_of
 from m7_gptq.whole_sequences import Activations, embed
@@ -95,16 +97,45 @@ def test_quantised_checkpoint_answers_like_the_one_it_stands_for(source, tmp_pat
         assert torch.equal(getattr(loaded, name), getattr(original, name)), "kept as it was"
 
 
-def test_errors_of_gptq_are_below_those_of_rounding_in_every_matrix(one, tmp_path) -> None:
-    reports = [
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 2}, {"group_size": -1}, {"desc_act": True}, {"sym": False}]
+)
+def test_error_of_gptq_is_below_that_of_rounding_in_every_matrix_of_every_layer(
+    source, tmp_path, options
+) -> None:
+    """Each with what the layers before it, quantised in the same way, give."""
+    ours, nearest = (
         quantize_checkpoint(
-            job_of(one, tmp_path / method.value, method=method, bits=3), tokens(), lambda r: None
+            job_of(source, tmp_path / method.value, method=method, checkpoint_format=V2, **options),
+            tokens(),
+            lambda report: None,
         )
         for method in (Method.GPTQ, Method.RTN)
-    ]
-    first_layers = [report[0].errors for report in reports]
-    for name, error in first_layers[0].items():
-        assert 0 < error < first_layers[1][name]
+    )
+    assert len(ours) == len(nearest) == 2
+    for layer, other in zip(ours, nearest, strict=True):
+        above = {n: (e, other.errors[n]) for n, e in layer.errors.items() if e >= other.errors[n]}
+        assert above == {}, f"layer {layer.layer_idx}"
+        assert min(layer.errors.values()) > 0
+
+
+def test_error_is_below_that_of_rounding_on_tokens_that_no_hessian_has_seen(source) -> None:
+    """The same inputs and weights for both, in every layer."""
+    model = load_model(source, device="cpu", dtype="float32")
+    token_ids = torch.randint(0, 199, (128, 32), generator=torch.Generator().manual_seed(1))
+    seen, fresh = (embed(part, model.embed_tokens) for part in token_ids.split(64))
+    config = QuantizationConfig(group_size=32)
+    for layer in model.layers:
+        hessians = record_hessians(layer, model.rope, seen, FIRST_TOKEN_WEIGHT)
+        unseen = record_hessians(layer, model.rope, fresh)
+        for name, linear in plain_linears(layer).items():
+            ours = quantize(linear.weight, hessians[name], config)
+            nearest = round_to_nearest(linear.weight, config)
+            errors = [relative_error(linear.weight, m, unseen[name]) for m in (ours, nearest)]
+            assert errors[0] < errors[1], name
+            linear.weight.copy_(ours.dequantize())
+        for activations in (seen, fresh):
+            run_in_place(layer, model.rope, activations)
 
 
 def test_layers_are_reported_as_they_are_done(one, tmp_path) -> None:
