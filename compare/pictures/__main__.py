@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from . import attention, measured, nibbles, paging, tiles, timelines, trie
+from . import attention, measured, nibbles, paging, quantised, tiles, timelines, trie
 from .canvas import Canvas
 
 FOLDER = Path("docs/learn/pictures")
@@ -24,6 +24,7 @@ PICTURES: Mapping[str, Callable[[], Canvas]] = MappingProxyType(
         "chunks": timelines.chunks,
         "trie": trie.trie,
         "nibbles": nibbles.nibbles,
+        "step-over-batch": quantised.step_over_batch,
     }
 )
 """What each file without its ending shows."""

@@ -14,7 +14,7 @@ STAGES = {"m1_baseline": ("M1", ORANGE), "m2_batching": ("M2", BLUE), "m5_chunke
 
 def time_per_token() -> Canvas:
     """Seconds per token of the primer's two loops."""
-    report = _read("primer_engine_cpu.json")
+    report = read_data("primer_engine_cpu.json")
     canvas = Canvas(
         720,
         300,
@@ -43,7 +43,7 @@ def time_per_token() -> Canvas:
 
 def roofline() -> Canvas:
     """The two lines of an H200 and decode steps between them."""
-    data = _read("roofline_points_h200.json")
+    data = read_data("roofline_points_h200.json")
     bandwidth, rate = data["copy_bytes_per_s"], data["matmul_flops_per_s"]
     canvas = Canvas(
         720,
@@ -90,6 +90,6 @@ def _decode_point(axes: Axes, data: dict[str, Any], point: dict[str, Any]) -> No
     axes.canvas.text(x + 10, y + 5, text, Font(size=12, colour=colour, weight="bold"))
 
 
-def _read(name: str) -> dict[str, Any]:
+def read_data(name: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((DATA / name).read_text(encoding="utf-8"))
     return content

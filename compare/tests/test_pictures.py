@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from compare.pictures import quantised
 from compare.pictures.__main__ import FOLDER, PICTURES, draw
 from compare.pictures.axes import log_scale
 from compare.pictures.canvas import Canvas
@@ -69,3 +70,20 @@ def test_logarithmic_scale_gives_every_factor_of_ten_the_same_room():
 def test_pictures_are_written_where_they_are_asked_for(tmp_path):
     assert draw(tmp_path) == [tmp_path / f"{name}.svg" for name in PICTURES]
     assert all(path.stat().st_size > 500 for path in tmp_path.iterdir())
+
+
+def test_steps_of_the_chart_are_medians_of_the_file_above_the_limits_of_the_note(monkeypatch):
+    steps = {name: {"steps_ms": {"1": [9.0, 2.0, 3.0], "256": 20.0}} for name in quantised.STEPS}
+    roofline = {"matmul_flops_per_s": 793e12, "copy_bytes_per_s": 4.26e12}
+    files = {"m7_beside_vllm_h200.json": steps, "roofline_points_h200.json": roofline}
+    monkeypatch.setattr(quantised, "read_data", files.__getitem__)
+    drawn = ElementTree.fromstring(quantised.step_over_batch().svg())
+    circles = [element.attrib for element in drawn if element.tag.endswith("circle")]
+    y = log_scale(0.8, 24, 372, 40)
+    places = {(float(circle["cx"]), float(circle["cy"])) for circle in circles}
+    assert places == {(64, round(y(3.0), 2)), (696, round(y(20.0), 2))}
+    assert len(circles) == 2 * len(quantised.STEPS)
+    floor = quantised.floor_ms(793e12, 4.26e12)
+    expected = {1: ("3.55", "1.15"), 64: ("3.55", "1.41"), 256: ("4.89", "4.89")}
+    for rows, texts in expected.items():
+        assert tuple(f"{floor(rows, bits):.2f}" for bits in (16, quantised.BITS)) == texts
