@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from . import formatting as fmt
 from .kv_need import memory_needed_bytes
+from .perplexities import KEY, shown_in
 from .results import Result, lookup
 from .stages import is_ladder_stage
 
@@ -205,10 +206,27 @@ def _group_column(group: str) -> Column:
     return Column(f"TTFT {group} p50 / p99", meaning, cell)
 
 
+def perplexity_columns(results: Sequence[Result]) -> tuple[Column, ...]:
+    """One column per text on which the quality of a quantised model among these is known."""
+    return tuple(map(_perplexity_column, shown_in(results)))
+
+
+def _perplexity_column(name: str) -> Column:
+    def cell(row: Row) -> str:
+        return fmt.number(row.result.get(KEY, {}).get(name, {}).get("perplexity"))
+
+    meaning = (
+        "exp of the mean negative log-likelihood that the row's model gives a text: what "
+        "quantising has cost; lower is better"
+    )
+    return Column(f"perplexity {name}", meaning, cell)
+
+
 def tables_of(results: Sequence[Result]) -> list[tuple[Column, ...]]:
     """The columns of each table that these results have."""
     late = LATE_COLUMNS if any(map(has_late_requests, results)) else ()
-    return [columns for columns in (COLUMNS, late, group_columns(results)) if columns]
+    first = (*COLUMNS, *perplexity_columns(results))
+    return [columns for columns in (first, late, group_columns(results)) if columns]
 
 
 def table_cells(results: Sequence[Result], columns: Sequence[Column] = COLUMNS) -> list[list[str]]:

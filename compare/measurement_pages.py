@@ -6,7 +6,8 @@ There is one beside the results, for those who read the repository, and one in t
 from collections.abc import Callable
 from pathlib import Path
 
-from .results import load_folder, write_text
+from .perplexities import load_table
+from .results import write_text
 from .table import markdown_table
 
 RESULTS_FOLDER = Path("compare/results")
@@ -78,7 +79,7 @@ measurements: compare rows inside of one, not across."""
 
 
 def _section(folder: Path, path: str, show_charts: ShowCharts) -> str:
-    lines = [f"## {folder.name}", "", markdown_table(load_folder(folder)), ""]
+    lines = [f"## {folder.name}", "", markdown_table(load_table(folder)), ""]
     lines += show_charts(folder, path)
     files = [file.name for file in sorted(folder.glob("*.json"))]
     if (folder / "report.html").is_file():

@@ -12,6 +12,7 @@ from .documents import update_documents
 from .gate import GateReport, check_gate
 from .measurement_pages import write_pages
 from .merge import merge_runs
+from .perplexities import load_table
 from .report import write_report
 from .results import Result, folder_key, load_folder, read_json, write_json
 from .table import markdown_table, short_table, terminal_table
@@ -88,7 +89,7 @@ def document_tables(folders: Sequence[Path], root: Path) -> dict[str, str]:
     """Markdown by key of its marker: of these folders, and of what lies in `docs/dev/data`."""
     tables = data_tables(root)
     for folder in folders:
-        results = load_folder(folder)
+        results = load_table(folder)
         tables[folder_key(folder)] = markdown_table(results)
         tables[f"{folder_key(folder)}/{SHORT}"] = short_table(results)
     return tables
@@ -101,7 +102,7 @@ def _of_project(folders: Sequence[Path], root: Path) -> list[Path]:
 
 def draw_folder(folder: Path) -> tuple[list[Path], Path]:
     """Charts and report of one folder; returns the PNG files and the HTML file."""
-    results = load_folder(folder)
+    results = load_table(folder)
     charts = draw_all(results, folder / "charts")
     return charts, write_report(results, charts, folder / "report.html")
 
@@ -110,7 +111,7 @@ def print_tables(folders: Sequence[Path], root: Path) -> None:
     """Print the tables of these folders and put them into the documents."""
     width = shutil.get_terminal_size((100, 24)).columns
     for folder in folders:
-        print(f"\n{folder}\n\n{terminal_table(load_folder(folder), width)}\n")
+        print(f"\n{folder}\n\n{terminal_table(load_table(folder), width)}\n")
     for file in write_tables(folders, root):
         print(f"table updated in {file}")
 

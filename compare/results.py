@@ -36,6 +36,11 @@ def lookup(result: Mapping[str, Any], path: str) -> Any:
     return value
 
 
+def model_label(name: str) -> str:
+    """The last part of a path or Hub id: `models/SmolLM2-135M-Instruct` is known by its end."""
+    return name.rstrip("/").rsplit("/", 1)[-1]
+
+
 def read_json(file: Path) -> Result:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))

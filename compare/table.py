@@ -4,8 +4,17 @@ import unicodedata
 from collections.abc import Sequence
 
 from .agreement import has_random_weights, is_quantized
-from .columns import PREFIX_MARK, SHORT_COLUMNS, Column, make_rows, table_cells, tables_of
-from .results import Result, lookup
+from .columns import (
+    PREFIX_MARK,
+    SHORT_COLUMNS,
+    Column,
+    make_rows,
+    perplexity_columns,
+    table_cells,
+    tables_of,
+)
+from .perplexities import protocol_line, shown_in
+from .results import Result, lookup, model_label
 
 _WIDE_SPREAD = 2.0
 """Fastest over slowest run of a stage from which a reader is warned."""
@@ -48,7 +57,7 @@ def footnotes(results: Sequence[Result]) -> list[str]:
             notes.append(f"{row.result['stage']}: its tokens were not compared ({reason}).")
         elif is_quantized(row.result):
             notes.append(_quantized_line(row.result))
-    return notes
+    return notes + [protocol_line(name, entry) for name, entry in shown_in(results).items()]
 
 
 def _quantized_line(result: Result) -> str:
@@ -76,11 +85,6 @@ def setting_line(result: Result) -> str:
         f"({workload['num_requests']} requests{cut_text}: {workload['num_input_tokens']:,} input "
         f"and {workload['num_output_tokens']:,} output tokens)."
     )
-
-
-def model_label(name: str) -> str:
-    """The last part of a path or Hub id: `models/SmolLM2-135M-Instruct` is known by its end."""
-    return name.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _width(text: str) -> int:
@@ -128,8 +132,9 @@ def _aligned(cells: Sequence[Sequence[str]], max_width: int) -> list[str]:
 
 
 def short_table(results: Sequence[Result]) -> str:
-    """Four columns, for a first look: the text between markers that end in `/short`."""
-    return _markdown(results, [SHORT_COLUMNS])
+    """Four columns, for a first look, and perplexity where a quantised model ran: the text between
+    markers that end in `/short`."""
+    return _markdown(results, [(*SHORT_COLUMNS, *perplexity_columns(results))])
 
 
 def markdown_table(results: Sequence[Result]) -> str:

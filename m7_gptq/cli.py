@@ -1,6 +1,7 @@
 """What this stage has beside the commands of every stage: quantize, dequantize, perplexity."""
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from folovllm.cli.main import EXIT_INTERRUPTED, EXIT_USAGE
 from folovllm.cli.options import add_field_flags, given_fields
+from folovllm.hardware import describe_environment
 from folovllm.model.config import ModelConfig
 from folovllm.model.loader import (
     load_model,
@@ -22,7 +24,7 @@ from .calibration import calibration_tokens
 from .default_model import LayerBar, quantized_default_model
 from .gptq import QuantizationConfig
 from .packing import V1, V2
-from .perplexity import perplexity
+from .perplexity import Protocol, count_windows, perplexity, store_perplexity
 from .quantize_model import (
     FIRST_TOKEN_WEIGHT,
     Job,
@@ -81,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     perplexity.add_argument("--text", type=Path, required=True, metavar="FILE")
     perplexity.add_argument("--window", type=int, default=512, metavar="INT")
     perplexity.add_argument("--num-windows", type=int, metavar="INT", help="default: all")
+    perplexity.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSON that it is added to, as for compare"
+    )
     for command in commands.choices.values():
         command.add_argument(
             "--model",
@@ -126,7 +131,8 @@ def _dequantize(options: argparse.Namespace) -> None:
 
 def _perplexity(options: argparse.Namespace) -> None:
     source = resolve_model_directory(options.model)
-    token_ids = Tokenizer(source).encode(options.text.read_text(encoding="utf-8"))
+    text = options.text.read_bytes()
+    token_ids = Tokenizer(source).encode(text.decode("utf-8"))
     model = load_model(source, device=options.device, dtype=options.dtype, linears=linears_of)
 
     def report(done: int, total: int) -> None:
@@ -135,3 +141,14 @@ def _perplexity(options: argparse.Namespace) -> None:
     value = perplexity(model, token_ids, options.window, options.num_windows, report)
     print(file=sys.stderr)
     print(f"perplexity {value:.3f}")
+    if options.output is not None:
+        protocol = Protocol(
+            text=options.text.name,
+            text_sha256=hashlib.sha256(text).hexdigest(),
+            window=options.window,
+            num_windows=count_windows(len(token_ids), options.window, options.num_windows),
+            dtype=str(model.dtype).removeprefix("torch."),
+        )
+        found = {"quantization": model.config.quantization, "perplexity": value}
+        environment = {"environment": describe_environment()}
+        store_perplexity(options.output, protocol, {"name": source.name, **found, **environment})

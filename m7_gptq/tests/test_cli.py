@@ -1,5 +1,6 @@
 """The commands that only this stage has, and the model that it makes for itself."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -45,12 +46,23 @@ def test_checkpoint_is_quantised_written_out_again_and_measured(source, tmp_path
     assert "error of qkv" in err
     assert f"written to {quantised}" in out
     assert run("dequantize", "--model", quantised, "--output", plain) == 0
-    values = []
-    for model in (source, quantised, plain):
+    values, file = [], tmp_path / "found.json"
+    for model in (source, quantised, plain, source):
+        words = ("perplexity", "--model", model, "--text", text, "--output", file)
         capsys.readouterr()
-        assert run("perplexity", "--model", model, "--text", text, "--window", 16) == 0
+        assert run(*words, "--window", 16) == 0
         values.append(capsys.readouterr().out)
-    assert values[1] == values[2] != values[0]
+    assert values[1] == values[2] != values[0] == values[3]
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    assert (stored["text"], stored["window"], stored["dtype"]) == ("text.txt", 16, "float32")
+    assert stored["num_windows"] > 1
+    found = {m["name"]: (m["quantization"], m["perplexity"]) for m in stored["models"]}
+    assert list(found) == ["q", "d", "toy"], "an entry of a model takes the place of its last one"
+    assert len(stored["models"]) == 3
+    assert found["q"][0]["group_size"] == 32 and found["toy"][0] is None
+    assert f"perplexity {found['q'][1]:.3f}\n" == values[1]
+    assert run(*words, "--window", 17) == 2
+    assert "holds perplexities of another window" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
