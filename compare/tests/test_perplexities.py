@@ -1,6 +1,7 @@
 """Perplexity in a column of its own: stored apart from the runs, shown beside quantised models."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from compare.table import markdown_table, short_table, terminal_table
 from compare.tests.synthetic import make_run
 
 SETTINGS = {"quant_method": "gptq", "bits": 4, "group_size": 128}
-STORED = {
+STORED: dict[str, Any] = {
     "text": "wiki.txt", "text_sha256": "0", "window": 512, "num_windows": 8, "dtype": "float32",
     "models": [
         {"name": "SmolLM2-135M-Instruct", "quantization": None, "perplexity": 30.359},
