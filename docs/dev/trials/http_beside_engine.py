@@ -1,7 +1,7 @@
 """An engine driven in its own process, and the same one behind the server: rates and token gaps.
 
     PYTHONPATH=.:shared python docs/dev/trials/http_beside_engine.py --output FILE.json \
-        [--model DIR] [--workload fixed:…] [--pairs 15]
+        [--model DIR] [--workload fixed:…] [--pairs 10] [--most 30]
 
 Two engines: a stage's with a real model, and one that only sleeps (`testing/served_llm.py`): its
 steps are as short as a GPU's and leave the processor to those who talk HTTP. Without HTTP, the
@@ -9,7 +9,8 @@ engine is stepped as `bench` does it, in a loop that adds requests when they arr
 tokens come. With it, `http_load.py` asks the server for the same requests and notes when chunks
 come to the client. Both engines stay up and take turns, a few seconds each: what others do on the
 machine meanwhile meets both of a pair, and the ratio of a pair says what HTTP costs. Every pair has
-prompts of its own; the first pair warms up and does not count.
+prompts of its own; the first pair warms up and does not count. It goes on until --pairs of them met
+a machine that did little else, or --most were made. Linux only: it reads /proc.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -39,6 +40,8 @@ from folovllm.testing.server_process import ServerProcess, serving
 from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer
 from folovllm.workloads.workload import Workload, make_workload
 
+QUIET = 0.15
+"""Cores that others may use during a run that counts as undisturbed."""
 FIGURES = ("output_tokens_per_s", "ttft_p50_s", "itl_p50_s", "itl_p99_s", "tpot_p50_s")
 
 
@@ -123,32 +126,76 @@ def figures(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def measure(case: Case, num_pairs: int) -> dict[str, Any]:
+def measure(case: Case, num_quiet: int, most: int) -> dict[str, Any]:
     flags = [*case.flags, "--generation-config", "vllm", "--max-queue-len", "4096"]
     alone, pairs = Alone(case), []
     with tempfile.TemporaryDirectory() as folder:
         program, log = serving(case.module, case.llm_class), Path(folder) / "log"
         with ServerProcess(program, case.model, log, *flags, start_s=300.0) as server:
-            for number in range(num_pairs + 1):
+            runs = {"alone": alone.run, "http": partial(run_served, server)}
+            for number in range(most + 1):
                 workload = make_workload(case.spec, vocab_size=case.vocab_size, seed=number)
-                pair: dict[str, Any] = {"load_before": os.getloadavg()[0]}
-                for kind in ("alone", "http")[:: -1 if number % 2 else 1]:
-                    run = alone.run if kind == "alone" else partial(run_served, server)
-                    pair[kind] = run(workload)
+                order = ("alone", "http")[:: -1 if number % 2 else 1]
+                pair = {kind: beside_others(runs[kind], workload) for kind in order}
                 pairs.append(pair)
-                print(
-                    case.name, case.spec, {f: f"{ratio(pair, f):.3f}" for f in FIGURES}, flush=True
-                )
+                what = {figure: f"{ratio(pair, figure):.3f}" for figure in FIGURES}
+                print(case.name, case.spec, what, "quiet" if is_quiet(pair) else "", flush=True)
+                if sum(map(is_quiet, pairs[1:])) == num_quiet:
+                    break
     alone.close()
     del pairs[0]
-    row: dict[str, Any] = {
+    quiet = [pair for pair in pairs if is_quiet(pair)]
+    row = {
         "engine": case.name, "spec": case.spec, "options": case.options,
-        "http_over_alone": {f: quartiles(ratio(pair, f) for pair in pairs) for f in FIGURES},
+        "quiet": summarise(quiet), "all": summarise(pairs),
     }  # fmt: skip
-    for kind in ("alone", "http"):
-        row[kind] = {f: statistics.median(pair[kind][f] for pair in pairs) for f in FIGURES}
     print(json.dumps(row, indent=1), flush=True)
     return row | {"pairs": pairs}
+
+
+def summarise(pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Quartiles of the ratios, and medians of both; None without two pairs."""
+    if len(pairs) < 2:
+        return {"num_pairs": len(pairs)}
+    return {
+        "num_pairs": len(pairs),
+        "http_over_alone": {f: quartiles(ratio(pair, f) for pair in pairs) for f in FIGURES},
+        **{
+            kind: {f: statistics.median(pair[kind][f] for pair in pairs) for f in FIGURES}
+            for kind in ("alone", "http")
+        },
+    }
+
+
+def beside_others(run: Callable[[Workload], dict[str, float]], workload: Workload) -> Any:
+    """What a run found, and how many cores others kept busy meanwhile."""
+    start_s, busy_s, own_s = time.perf_counter(), machine_busy_s(), own_busy_s()
+    found = run(workload)
+    others_s = machine_busy_s() - busy_s - (own_busy_s() - own_s)
+    return found | {"cores_of_others": max(0.0, others_s / (time.perf_counter() - start_s))}
+
+
+def machine_busy_s() -> float:
+    """Processor time of everything on this machine."""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def own_busy_s() -> float:
+    """Processor time of the processes of this script: those of its group."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == os.getpgrp():
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def is_quiet(pair: dict[str, Any]) -> bool:
+    return all(run["cores_of_others"] < QUIET for run in pair.values())
 
 
 def ratio(pair: dict[str, Any], figure: str) -> float:
@@ -176,9 +223,12 @@ def main() -> None:
         metavar="SPEC",
     )
     parser.add_argument("--step-ms", type=float, default=10.0, help="of the engine that sleeps")
-    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--pairs", type=int, default=10, help="undisturbed ones, of each engine")
+    parser.add_argument("--most", type=int, default=30, help="pairs in all, of each engine")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     arguments = parser.parse_args()
+    if os.getpgrp() != os.getpid():  # whatever started this is not ours
+        os.setpgrp()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the server: one core for its engine
     with tempfile.TemporaryDirectory() as folder:
         toy = save_byte_level_tokenizer(Path(folder))
@@ -192,7 +242,7 @@ def main() -> None:
         options = {"max_model_len": 2048, "step_ms": arguments.step_ms}
         served = ("folovllm.testing.served_llm", "ServedLLM")
         cases += [Case("sleeping", *served, toy, spec, 256, options) for spec in arguments.sleeping]
-        rows = [measure(case, arguments.pairs) for case in cases]
+        rows = [measure(case, arguments.pairs, arguments.most) for case in cases]
     if arguments.output is not None:
         result = {"environment": describe_environment(), "rows": rows}
         write_json_atomically(arguments.output, result)
