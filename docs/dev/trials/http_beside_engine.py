@@ -1,7 +1,7 @@
 """An engine driven in its own process, and the same one behind the server: rates and token gaps.
 
     PYTHONPATH=.:shared python docs/dev/trials/http_beside_engine.py --output FILE.json \
-        [--model DIR] [--workload fixed:…] [--pairs 10] [--most 30]
+        [--model DIR] [--workload SPEC …] [--sleeping SPEC …] [--pairs 10] [--most 30]
 
 Two engines: a stage's with a real model, and one that only sleeps (`testing/served_llm.py`): its
 steps are as short as a GPU's and leave the processor to those who talk HTTP. Without HTTP, the
@@ -212,15 +212,22 @@ def main() -> None:
     parser.add_argument("--stage", default="m6_prefix")
     parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--vocab-size", type=int, default=49152)
-    parser.add_argument("--workload", default="fixed:batch=8,input=32,output=32", metavar="SPEC")
+    parser.add_argument(
+        "--workload",
+        nargs="*",
+        default=["fixed:batch=8,input=32,output=32"],
+        metavar="SPEC",
+        help="of the real one",
+    )
     parser.add_argument(
         "--sleeping",
-        nargs="+",
+        nargs="*",
         default=[
             "fixed:batch=64,input=32,output=300",
             "poisson:rate=20,num=100,input=32,output=300",
         ],
         metavar="SPEC",
+        help="of the other; no SPEC leaves an engine out",
     )
     parser.add_argument("--step-ms", type=float, default=10.0, help="of the engine that sleeps")
     parser.add_argument("--pairs", type=int, default=10, help="undisturbed ones, of each engine")
@@ -232,12 +239,12 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the server: one core for its engine
     with tempfile.TemporaryDirectory() as folder:
         toy = save_byte_level_tokenizer(Path(folder))
-        options = {"max_model_len": 512, "kv_cache_bytes": 256 << 20}
         cases = [
             Case(
-                arguments.stage, arguments.stage, "LLM", arguments.model, arguments.workload,
-                arguments.vocab_size, options,
+                arguments.stage, arguments.stage, "LLM", arguments.model, spec,
+                arguments.vocab_size, {"max_model_len": 512, "kv_cache_bytes": 256 << 20},
             )
+            for spec in arguments.workload
         ]  # fmt: skip
         options = {"max_model_len": 2048, "step_ms": arguments.step_ms}
         served = ("folovllm.testing.served_llm", "ServedLLM")
