@@ -1,7 +1,8 @@
 """An engine driven in its own process, and the same one behind the server: rates and token gaps.
 
     PYTHONPATH=.:shared python docs/dev/trials/http_beside_engine.py --output FILE.json \
-        [--model DIR] [--workload SPEC …] [--sleeping SPEC …] [--pairs 10] [--most 30]
+        [--model DIR] [--workload SPEC …] [--sleeping SPEC …] [--pairs 10] [--most 30] \
+        [--pin]
 
 Two engines: a stage's with a real model, and one that only sleeps (`testing/served_llm.py`): its
 steps are as short as a GPU's and leave the processor to those who talk HTTP. Without HTTP, the
@@ -10,7 +11,9 @@ tokens come. With it, `http_load.py` asks the server for the same requests and n
 come to the client. Both engines stay up and take turns, a few seconds each: what others do on the
 machine meanwhile meets both of a pair, and the ratio of a pair says what HTTP costs. Every pair has
 prompts of its own; the first pair warms up and does not count. It goes on until --pairs of them met
-a machine that did little else, or --most were made. Linux only: it reads /proc.
+a machine that did little else, or --most were made. With --pin the engines run on core 0, and
+server and client on core 1, as on a machine with cores enough; without it, where others keep a core
+busy, engine, server and client may come to share one. Linux only: it reads /proc.
 """
 
 import argparse
@@ -42,6 +45,8 @@ from folovllm.workloads.workload import Workload, make_workload
 
 QUIET = 0.15
 """Cores that others may use during a run that counts as undisturbed."""
+ENGINE_CORE, OTHER_CORE = 0, 1
+"""Of --pin."""
 FIGURES = ("output_tokens_per_s", "ttft_p50_s", "itl_p50_s", "itl_p99_s", "tpot_p50_s")
 
 
@@ -58,6 +63,8 @@ class Case:
     vocab_size: int
     options: dict[str, Any]
     """Of the engine."""
+    is_pinned: bool
+    """Whether its engines have a core of their own."""
 
     @property
     def flags(self) -> list[str]:
@@ -90,6 +97,8 @@ class Alone:
 def run_alone(case: Case, connection: Connection) -> None:
     """Measure the workloads that come, until None does."""
     torch.set_num_threads(1)
+    if case.is_pinned:
+        os.sched_setaffinity(0, {ENGINE_CORE})
     llm_class = getattr(importlib.import_module(case.module), case.llm_class)
     engine = llm_class(case.model, **case.options).engine
     connection.send("ready")
@@ -132,6 +141,8 @@ def measure(case: Case, num_quiet: int, most: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         program, log = serving(case.module, case.llm_class), Path(folder) / "log"
         with ServerProcess(program, case.model, log, *flags, start_s=300.0) as server:
+            if case.is_pinned:
+                pin_children(server.process.pid)
             runs = {"alone": alone.run, "http": partial(run_served, server)}
             for number in range(most + 1):
                 workload = make_workload(case.spec, vocab_size=case.vocab_size, seed=number)
@@ -147,6 +158,7 @@ def measure(case: Case, num_quiet: int, most: int) -> dict[str, Any]:
     quiet = [pair for pair in pairs if is_quiet(pair)]
     row = {
         "engine": case.name, "spec": case.spec, "options": case.options,
+        "is_pinned": case.is_pinned,
         "quiet": summarise(quiet), "all": summarise(pairs),
     }  # fmt: skip
     print(json.dumps(row, indent=1), flush=True)
@@ -173,6 +185,13 @@ def beside_others(run: Callable[[Workload], dict[str, float]], workload: Workloa
     found = run(workload)
     others_s = machine_busy_s() - busy_s - (own_busy_s() - own_s)
     return found | {"cores_of_others": max(0.0, others_s / (time.perf_counter() - start_s))}
+
+
+def pin_children(process_id: int) -> None:
+    """The server's engine, with all its threads, to the core of the engines."""
+    for child in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split():
+        for thread in Path(f"/proc/{child}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), {ENGINE_CORE})
 
 
 def machine_busy_s() -> float:
@@ -233,7 +252,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10, help="undisturbed ones, of each engine")
     parser.add_argument("--most", type=int, default=30, help="pairs in all, of each engine")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument("--pin", action="store_true", help="engines get a core of their own")
     arguments = parser.parse_args()
+    if arguments.pin:
+        os.sched_setaffinity(0, {OTHER_CORE})
     if os.getpgrp() != os.getpid():  # whatever started this is not ours
         os.setpgrp()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the server: one core for its engine
@@ -243,12 +265,16 @@ def main() -> None:
             Case(
                 arguments.stage, arguments.stage, "LLM", arguments.model, spec,
                 arguments.vocab_size, {"max_model_len": 512, "kv_cache_bytes": 256 << 20},
+                arguments.pin,
             )
             for spec in arguments.workload
         ]  # fmt: skip
         options = {"max_model_len": 2048, "step_ms": arguments.step_ms}
         served = ("folovllm.testing.served_llm", "ServedLLM")
-        cases += [Case("sleeping", *served, toy, spec, 256, options) for spec in arguments.sleeping]
+        cases += [
+            Case("sleeping", *served, toy, spec, 256, options, arguments.pin)
+            for spec in arguments.sleeping
+        ]
         rows = [measure(case, arguments.pairs, arguments.most) for case in cases]
     if arguments.output is not None:
         result = {"environment": describe_environment(), "rows": rows}
