@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from . import attention, measured, nibbles, paging, quantised, tiles, timelines, trie
+from . import attention, measured, nibbles, paging, quality, quantised, tiles, timelines, trie
 from .canvas import Canvas
 
 FOLDER = Path("docs/learn/pictures")
@@ -24,6 +24,8 @@ PICTURES: Mapping[str, Callable[[], Canvas]] = MappingProxyType(
         "chunks": timelines.chunks,
         "trie": trie.trie,
         "nibbles": nibbles.nibbles,
+        "perplexity-over-bytes": quality.perplexity_over_bytes,
+        "error-by-layer": quality.error_by_layer,
         "step-over-batch": quantised.step_over_batch,
     }
 )

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from compare.pictures import quantised
+from compare.pictures import quality, quantised
 from compare.pictures.__main__ import FOLDER, PICTURES, draw
-from compare.pictures.axes import log_scale
+from compare.pictures.axes import Scale, log_scale
 from compare.pictures.canvas import Canvas
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ def test_no_picture_lies_about_that_nobody_draws():
 
 
 def test_every_picture_is_shown_in_a_note():
-    notes = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs/learn").glob("*.md"))
+    notes = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs/learn").rglob("*.md"))
     assert [name for name in PICTURES if f"pictures/{name}.svg)" not in notes] == []
 
 
@@ -87,3 +87,56 @@ def test_steps_of_the_chart_are_medians_of_the_file_above_the_limits_of_the_note
     expected = {1: ("3.55", "1.15"), 64: ("3.55", "1.41"), 256: ("4.89", "4.89")}
     for rows, texts in expected.items():
         assert tuple(f"{floor(rows, bits):.2f}" for bits in (16, quantised.BITS)) == texts
+
+
+def elements_of(canvas, kind):
+    return [e for e in ElementTree.fromstring(canvas.svg()) if e.tag.endswith(kind)]
+
+
+def made_up_trial(method, bits, group_size, perplexity, packed_bytes):
+    errors = {"rtn_held_out": 0.02, "held_out": 0.001}
+    layers = {kind: [dict.fromkeys(quality.MATRICES, e)] * 3 for kind, e in errors.items()}
+    return {
+        "name": f"{method}-{bits}-{group_size}", "method": method, "bits": bits,
+        "group_size": group_size, "perplexity": perplexity, "packed_bytes": packed_bytes,
+        "errors": layers,
+    }  # fmt: skip
+
+
+def made_up_trials(monkeypatch):
+    trials = [
+        made_up_trial("rtn", 4, 128, 50.0, 50e6), made_up_trial("gptq", 4, 128, 40.0, 50e6),
+        made_up_trial("rtn", 2, 128, 3.84e6, 30e6), made_up_trial("gptq", 4, -1, 60.0, 48e6),
+    ]  # fmt: skip
+    data = {
+        "trials": trials, "source_perplexity": 30.0, "matrix_weights": 10e7,
+        "embedding_weights": 30e6,
+    }  # fmt: skip
+    monkeypatch.setattr(quality, "read_data", {quality.TRIALS: data}.__getitem__)
+    monkeypatch.setattr(quality, "ERRORS_OF", "gptq-4-128")
+
+
+def test_perplexities_of_the_chart_stand_at_the_bytes_of_the_file(monkeypatch):
+    made_up_trials(monkeypatch)
+    canvas = quality.perplexity_over_bytes()
+    places = {(float(e.get("cx")), float(e.get("cy"))) for e in elements_of(canvas, "circle")}
+    scales = [
+        (Scale(76, 174, 56, 366), log_scale(25, 1000, 306, 64), [(110, 50.0), (110, 40.0)]),
+        (Scale(109, 120, 426, 696), log_scale(25, 100, 306, 64),
+         [(110, 50.0), (110, 40.0), (108, 60.0)]),
+    ]  # fmt: skip
+    expected = {(round(x(mb), 2), round(y(value), 2)) for x, y, ps in scales for mb, value in ps}
+    assert places == expected
+    texts = [element.text for element in elements_of(canvas, "text")]
+    assert "3.8 million" in texts, "what has no place has its number"
+    assert "16 bits, 260 MB" in texts and {"110.0", "90.0", "row", "2 bits"} < set(texts)
+
+
+def test_errors_of_the_chart_are_those_of_the_file(monkeypatch):
+    made_up_trials(monkeypatch)
+    curves = [e for e in elements_of(quality.error_by_layer(), "polyline")
+              if len(e.get("points").split()) == 3 and e.get("stroke-width") == "2"]  # fmt: skip
+    heights = [{pair.split(",")[1] for pair in e.get("points").split()} for e in curves]
+    y = log_scale(4e-5, 4e-2, 202, 62)
+    assert heights[:2] == [{f"{round(y(value), 2):g}"} for value in (0.02, 0.001)]
+    assert len(curves) == 2 * len(quality.MATRICES)
