@@ -38,7 +38,7 @@ class ModelRunner:
         num_bytes = config.kv_cache_bytes
         if num_bytes is None:
             num_bytes = profile_kv_cache_bytes(
-                model.device, config.gpu_memory_utilization, self._run_largest_step
+                model, config.gpu_memory_utilization, self._run_largest_step
             )
         self._use_cache(num_bytes)
         # The reference asks the device for lengths, which a captured step cannot.

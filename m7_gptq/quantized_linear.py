@@ -195,6 +195,25 @@ class QuantizedLinear(Part):
             )
         )
 
+    def finish_part(self, first_input: int) -> None:
+        config = self.scheme.config
+        size = config.columns_per_group(self.in_features)
+        if config.desc_act:
+            raise ValueError(
+                "a checkpoint with desc_act has the inputs of a group in several processes, and "
+                "they cannot share its matrices; give tensor_parallel_size=1, or quantise without "
+                "desc_act"
+            )
+        if self.in_features % size or self.in_features * config.bits % 32:
+            raise ValueError(
+                f"each process would have {self.in_features} inputs of a matrix, which are no "
+                f"whole groups of {size}; lower tensor_parallel_size, or quantise with smaller "
+                f"groups"
+            )
+        if config.group_size != -1:
+            self.packed["g_idx"] -= first_input // size
+        self.finish()
+
     def randomize(self, generator: torch.Generator) -> None:
         """Random integers with the spread that random weights have; biases 0."""
         config, device = self.scheme.config, self.like.device

@@ -12,17 +12,38 @@ _CPU_FRACTION = 0.125
 """Of the available host memory: others share it, and a CPU is too slow to fill more."""
 
 
+class Holders(Protocol):
+    """The processes that hold a model together."""
+
+    @property
+    def num_ranks(self) -> int: ...
+    def least(self, number: int) -> int:
+        """The smallest of what they give."""
+
+
+class LoadedModel(Protocol):
+    """What a CausalLM says about where it is."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def collectives(self) -> Holders: ...
+
+
 def profile_kv_cache_bytes(
-    device: torch.device, gpu_memory_utilization: float, run_largest_step: Callable[[], object]
+    model: LoadedModel, gpu_memory_utilization: float, run_largest_step: Callable[[], object]
 ) -> int:
     """Bytes left for keys and values once the model's largest step has what it needs.
 
     On CUDA, runs that step, and returns `gpu_memory_utilization` of the device's memory less
     what is in use by other programs and less the step's peak (vLLM's memory profiling). On a
-    CPU, an eighth of the available memory. ValueError when nothing is left.
+    CPU, an eighth of the available memory, shared by the processes that hold the model together.
+    Of several processes all get the least that one of them has. ValueError when nothing is left.
     """
+    device, collectives = model.device, model.collectives
     if device.type != "cuda":
-        return int(available_host_bytes() * _CPU_FRACTION)
+        share = _CPU_FRACTION / collectives.num_ranks
+        return collectives.least(int(available_host_bytes() * share))
     torch.cuda.reset_peak_memory_stats(device)
     run_largest_step()
     torch.cuda.synchronize(device)
@@ -38,7 +59,7 @@ def profile_kv_cache_bytes(
             f"weights and the largest step; raise gpu_memory_utilization, or lower "
             f"max_num_batched_tokens or max_model_len"
         )
-    return left
+    return collectives.least(left)
 
 
 class StepLimits(Protocol):

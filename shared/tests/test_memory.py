@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from folovllm.memory import largest_prompts, profile_kv_cache_bytes
+from folovllm.model.collectives import Alone
 
 CUDA = torch.device("cuda")
 
@@ -27,21 +28,25 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
+def on(device: torch.device) -> SimpleNamespace:
+    return SimpleNamespace(device=device, collectives=Alone())
+
+
 def test_cache_gets_what_others_and_the_largest_step_leave(steps: list[str]) -> None:
-    assert profile_kv_cache_bytes(CUDA, 0.9, lambda: steps.append("step")) == 900 - 100 - 250
+    assert profile_kv_cache_bytes(on(CUDA), 0.9, lambda: steps.append("step")) == 900 - 100 - 250
     assert steps == ["reset", "step", "wait"]
 
 
 def test_nothing_left_is_refused_with_what_to_change(steps: list[str]) -> None:
     with pytest.raises(ValueError, match=r"100 used by other .* less 250 .*; raise gpu_memory_ut"):
-        profile_kv_cache_bytes(CUDA, 0.35, lambda: None)
+        profile_kv_cache_bytes(on(CUDA), 0.35, lambda: None)
 
 
 def test_cpu_takes_an_eighth_of_the_available_memory_and_runs_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("folovllm.memory.available_host_bytes", lambda: 8000)
-    num_bytes = profile_kv_cache_bytes(torch.device("cpu"), 0.9, lambda: pytest.fail("ran"))
+    num_bytes = profile_kv_cache_bytes(on(torch.device("cpu")), 0.9, lambda: pytest.fail("ran"))
     assert num_bytes == 1000
 
 

@@ -208,7 +208,12 @@ def test_dtype_is_what_was_asked_for(qwen_directory: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "num_parameters"),
-    [("qwen3-0.6b", 596_049_920), ("qwen3-8b", 8_190_735_360), ("llama-3.1-8b", 8_030_261_248)],
+    [
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-8b", 8_190_735_360),
+        ("qwen3-32b", 32_762_123_264),
+        ("llama-3.1-8b", 8_030_261_248),
+    ],
 )
 def test_presets_have_the_published_number_of_parameters(name: str, num_parameters: int) -> None:
     from folovllm.kernels import reference
@@ -360,7 +365,12 @@ def test_config_that_we_would_compute_wrongly_is_refused(
     [
         ("./nowhere", {}, FileNotFoundError, "m0_infra fetch"),
         ("qwen3-0.6b", {}, ValueError, "is a preset.*--load-format dummy"),
-        ("qwen3-0.7b", {"load_format": "dummy"}, ValueError, "llama-3.1-8b, qwen3-0.6b, qwen3-8b"),
+        (
+            "qwen3-0.7b",
+            {"load_format": "dummy"},
+            ValueError,
+            "llama-3.1-8b, qwen3-0.6b, qwen3-32b",
+        ),
         (".", {"load_format": "pickle"}, ValueError, "load_format must be"),
         (".", {"device": "tpu"}, ValueError, "device must be auto"),
         (".", {"device": "mps"}, ValueError, "device must be auto"),

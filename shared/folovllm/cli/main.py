@@ -126,6 +126,13 @@ def _add_command(
     )
     model.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
     model.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="INT",
+        help="devices, each with a process, that share the model out (default: 1)",
+    )
+    model.add_argument(
         "--seed",
         dest="llm_seed",
         type=int,
@@ -160,6 +167,7 @@ def _llm_options(llm_class: type[LLM], arguments: argparse.Namespace) -> dict[st
         "device": arguments.device,
         "seed": arguments.llm_seed,
         "tokenizer": arguments.tokenizer,
+        "tensor_parallel_size": arguments.tensor_parallel_size,
         **given_fields(arguments, llm_class.config_class),
     }
 

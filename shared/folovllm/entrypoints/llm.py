@@ -12,7 +12,8 @@ from ..interfaces import Engine
 from ..memory import kv_cache_allocation
 from ..model.config import ModelConfig
 from ..model.linear import LinearsOf, plain_linears
-from ..model.loader import load_model, resolve_model_directory
+from ..model.loader import load_model, resolve_device, resolve_model_directory
+from ..model.transformer import CausalLM
 from ..request import SamplingParams
 from ..text.chat import DEFAULT_OPTIONS, ChatOptions, Message
 from ..text.tokenizer import Tokenizer
@@ -25,9 +26,11 @@ from .beam_search import (
 )
 from .default_sampling import default_sampling_params
 from .engine_options import build_config
+from .followers import Followers, Place, lead, led
 from .output_state import PromptState
 from .output_stream import OutputStream
 from .outputs import RequestOutput
+from .placement import check_tensor_parallelism, device_of_rank
 from .progress import ThroughputBar
 from .prompts import Prompt, PromptInput, check_token_ids, parse_prompt, split_prompts
 from .request_builder import RequestBuilder
@@ -69,6 +72,8 @@ class LLM:
         device: str = "auto",
         seed: int = 0,
         tokenizer: str | Path | None = None,
+        tensor_parallel_size: int = 1,
+        place: Place | None = None,
         **engine_options: Any,
     ) -> None:
         """Load a model and start an engine; `engine_options` are the stage's EngineConfig fields.
@@ -76,6 +81,9 @@ class LLM:
         model: a directory, a Hub id, or with load_format="dummy" a preset; None is the embedded
             model. tokenizer: where to read it, if not beside the model.
         seed: of dummy weights, and of requests whose SamplingParams give none.
+        tensor_parallel_size: processes that share the model out, each with a device of its own
+            (on a CPU, each with a part of the work). place: of a process among those; whoever
+            makes an LLM gives none.
         max_model_len, where not given, is the stage's default or the model's limit, whichever is
         less. ValueError for an unknown option or one beyond the model's limit.
         """
@@ -89,21 +97,40 @@ class LLM:
         """The directory, or a preset's name."""
         _check_config(model)  # first: a tokenizer's reader would blame the tokenizer for it
         self.tokenizer = _load_tokenizer(model, tokenizer)
-        self.model = load_model(
-            model,
-            load_format=load_format,
-            dtype=dtype,
-            device=device,
-            seed=seed,
-            linears=self.linears,
-        )
-        config = self._limit_model_len(config, was_given="max_model_len" in engine_options)
-        with kv_cache_allocation():
-            self.engine = self.engine_class(config, self.model)
+        loading: dict[str, Any] = {
+            "load_format": load_format,
+            "dtype": dtype,
+            "device": device,
+            "seed": seed,
+        }
+        self._followers: Followers | None = None
+        if tensor_parallel_size != 1:
+            check_tensor_parallelism(tensor_parallel_size, model, config)
+            options = {"model": model, **loading, **engine_options}
+            self._followers = Followers(type(self), tensor_parallel_size, options)
+            place = self._followers.place
+        with led(self._followers):
+            self.model = self._load(model, place, **loading)
+            config = self._limit_model_len(config, was_given="max_model_len" in engine_options)
+            with kv_cache_allocation():
+                self.engine = self.engine_class(config, self.model)
+        if self._followers is not None:
+            self.engine = lead(self.engine, self._followers)
         self.request_settings = self._make_request_settings(config, seed)
         """What a RequestBuilder for this engine needs, but for the tokenizer, by name."""
         self._requests = RequestBuilder(tokenizer=self.tokenizer, **self.request_settings)
         self._shared = SharedEngine(self.engine, self.use_device)
+
+    def _load(
+        self, model: str | Path, place: Place | None, *, device: str, **loading: Any
+    ) -> CausalLM:
+        if place is None:
+            return load_model(model, device=device, linears=self.linears, **loading)
+        device = device_of_rank(device, place.ranks)
+        collectives = place.join(resolve_device(device))
+        return load_model(
+            model, device=device, linears=self.linears, collectives=collectives, **loading
+        )
 
     def generate(
         self,
@@ -212,6 +239,11 @@ class LLM:
         if self.tokenizer is not None:
             text = self.tokenizer.decode(beam.token_ids, skip_special_tokens=True)
         return BeamSearchSequence(beam.token_ids, beam.cum_logprob, text)
+
+    def close(self) -> None:
+        """End the other processes of this model, where it has any; it cannot be called any more."""
+        if self._followers is not None:
+            self._followers.close()
 
     def reset_prefix_cache(self) -> bool:
         """Forget the keys and values of all earlier prompts and answers; True, as it is done.

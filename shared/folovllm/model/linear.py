@@ -45,6 +45,10 @@ class LinearLayer(Protocol):
     def finish(self) -> None:
         """Called once, when all targets are filled that the checkpoint has."""
 
+    def finish_part(self, first_input: int) -> None:
+        """Instead of `finish`, if the whole matrix has more inputs, and these from first_input on.
+        ValueError if the format cannot be cut there."""
+
     def randomize(self, generator: torch.Generator) -> None:
         """Fill with random weights instead; biases are 0."""
 
@@ -118,6 +122,8 @@ class Linear(Part):
         return frozenset()
 
     def finish(self) -> None: ...
+
+    def finish_part(self, first_input: int) -> None: ...
 
     def randomize(self, generator: torch.Generator) -> None:
         self.weight.normal_(0.0, INITIAL_STD, generator=generator)

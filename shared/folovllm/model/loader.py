@@ -5,10 +5,12 @@ from pathlib import Path
 import torch
 
 from ..kernels.selection import select_kernels
+from .collectives import Collectives
 from .config import ModelConfig
 from .linear import LinearsOf, plain_linears
+from .random_weights import load_random, load_random_part
 from .transformer import CausalLM
-from .weights import load_random, load_safetensors, with_published_head
+from .weights import load_safetensors, with_published_head
 
 _DTYPES = {
     "float32": torch.float32,
@@ -27,6 +29,7 @@ def load_model(
     device: str = "auto",
     seed: int = 0,
     linears: LinearsOf = plain_linears,
+    collectives: Collectives | None = None,
 ) -> CausalLM:
     """Build the model and fill it.
 
@@ -35,7 +38,8 @@ def load_model(
     "dummy" draws random weights from `seed` on the device. dtype: "auto" is the checkpoint's on
     CUDA and float32 on a CPU. device: "auto" is CUDA where there is one; "cuda:1" becomes the
     process's current device, so a process serves from one device. linears: what computes the
-    matrices of the layers. ValueError or FileNotFoundError name what is wrong.
+    matrices of the layers. collectives: of the processes that hold the model together, each of
+    which loads its part. ValueError or FileNotFoundError name what is wrong.
     """
     target = resolve_device(device)
     if target.index is not None:
@@ -54,18 +58,21 @@ def load_model(
         raise ValueError(
             f"load_format must be 'auto', 'safetensors' or 'dummy', got {load_format!r}"
         )
+    kernels, torch_dtype = select_kernels(target), resolve_dtype(dtype, config, target)
+    matrices = linears(config.quantization)
     with torch.no_grad():
-        causal_lm = CausalLM(
-            config,
-            select_kernels(target),
-            resolve_dtype(dtype, config, target),
-            target,
-            linears(config.quantization),
-        )
-        if load_format == "dummy":
+        causal_lm = CausalLM(config, kernels, torch_dtype, target, matrices, collectives)
+        is_whole = causal_lm.collectives.ranks.size == 1
+        if load_format == "dummy" and is_whole:
             load_random(causal_lm, seed)
+        elif load_format == "dummy":
+            load_random_part(causal_lm, config, matrices, seed)
         else:
-            load_safetensors(causal_lm, directory)
+            meta = torch.device("meta")
+            whole = (
+                causal_lm if is_whole else CausalLM(config, kernels, torch_dtype, meta, matrices)
+            )
+            load_safetensors(causal_lm, directory, whole)
     return causal_lm
 
 

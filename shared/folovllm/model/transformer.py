@@ -17,8 +17,10 @@ import torch.nn.functional as F
 
 from ..interfaces import AttendFn
 from ..kernels.selection import Kernels
+from .collectives import Alone, Collectives
 from .config import ModelConfig
 from .linear import PLAIN, Linear, LinearFactory, Linears, Part
+from .parallel_linear import input_parallel
 from .rope import RotaryTable
 
 
@@ -36,6 +38,7 @@ class Attention(Part):
         kernels: Kernels,
         like: torch.Tensor,
         linear: LinearFactory,
+        output_linear: LinearFactory,
     ) -> None:
         self.config, self.layer_idx, self.kernels = config, layer_idx, kernels
         num_all_heads = config.num_heads + 2 * config.num_kv_heads
@@ -46,7 +49,7 @@ class Attention(Part):
             kernels,
             like,
         )
-        self.o_proj = linear(
+        self.o_proj = output_linear(
             config.num_heads * config.head_dim,
             config.hidden_size,
             config.o_bias,
@@ -79,11 +82,16 @@ class MLP(Part):
     """down(silu(gate(x)) * up(x)), gate and up as one matrix."""
 
     def __init__(
-        self, config: ModelConfig, kernels: Kernels, like: torch.Tensor, linear: LinearFactory
+        self,
+        config: ModelConfig,
+        kernels: Kernels,
+        like: torch.Tensor,
+        linear: LinearFactory,
+        output_linear: LinearFactory,
     ) -> None:
         size = config.intermediate_size
         self.gate_up_proj = linear(config.hidden_size, 2 * size, config.mlp_bias, kernels, like)
-        self.down_proj = linear(size, config.hidden_size, config.mlp_bias, kernels, like)
+        self.down_proj = output_linear(size, config.hidden_size, config.mlp_bias, kernels, like)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x, result: [num_tokens, hidden_size]."""
@@ -100,12 +108,16 @@ class DecoderLayer(Part):
         kernels: Kernels,
         like: torch.Tensor,
         linear: LinearFactory = Linear,
+        output_linear: LinearFactory | None = None,
     ) -> None:
+        """output_linear: makes the matrices whose outputs are added to the residual stream, and
+        which are given what this process computed; None: `linear`."""
+        output_linear = output_linear or linear
         self.kernels, self.eps = kernels, config.rms_norm_eps
         self.input_layernorm = like.new_empty(config.hidden_size)
-        self.self_attn = Attention(config, layer_idx, kernels, like, linear)
+        self.self_attn = Attention(config, layer_idx, kernels, like, linear, output_linear)
         self.post_attention_layernorm = like.new_empty(config.hidden_size)
-        self.mlp = MLP(config, kernels, like, linear)
+        self.mlp = MLP(config, kernels, like, linear, output_linear)
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor, cos_sin: torch.Tensor, attend: AttendFn
@@ -123,7 +135,9 @@ class DecoderLayer(Part):
 class CausalLM:
     """Token ids in, hidden states and logits out. Parameters start uninitialised.
 
-    Built in `dtype` on `device`; `kernels` must be able to run there.
+    Built in `dtype` on `device`; `kernels` must be able to run there. Where several processes
+    hold the model together, this is one's part of it, `config` is the shape of that part, and all
+    of them must make the same calls.
     """
 
     def __init__(
@@ -133,23 +147,31 @@ class CausalLM:
         dtype: torch.dtype,
         device: torch.device,
         linears: Linears = PLAIN,
+        collectives: Collectives | None = None,
     ) -> None:
         like = torch.empty(0, dtype=dtype, device=device)
+        self.collectives = Alone() if collectives is None else collectives
+        ranks = self.collectives.ranks
+        config = ranks.share_of_model(config)
         if linears.of_head is not None:  # a head in another format than the embedding
             config = replace(config, tie_word_embeddings=False)
         self.config, self.kernels, self.dtype, self.device = config, kernels, dtype, device
-        self.embed_tokens = like.new_empty(config.vocab_size, config.hidden_size)
+        self.vocab_part = ranks.vocab_part(config.vocab_size)
+        """The tokens whose embeddings and logits are computed here."""
+        table = ranks.share_of_vocab(config.vocab_size), config.hidden_size
+        self.embed_tokens = like.new_empty(table)
+        output_linear = input_parallel(linears.of_layers, self.collectives)
         self.layers = [
-            DecoderLayer(config, layer_idx, kernels, like, linears.of_layers)
+            DecoderLayer(config, layer_idx, kernels, like, linears.of_layers, output_linear)
             for layer_idx in range(config.num_layers)
         ]
         self.norm = like.new_empty(config.hidden_size)
         self.lm_head = self._head(like, linears.of_head)
-        """[vocab_size, hidden_size], or a LinearLayer"""
+        """[vocab_size, hidden_size], or a LinearLayer; of several processes each one's rows"""
         self.rope = RotaryTable(config.rope, config.head_dim, config.num_positions, device)
 
     def _head(self, like: torch.Tensor, linear: LinearFactory | None) -> Any:
-        shape = self.config.vocab_size, self.config.hidden_size
+        shape = self.embed_tokens.shape
         if linear is not None:
             return linear(shape[1], shape[0], False, self.kernels, like)
         return self.embed_tokens if self.config.tie_word_embeddings else like.new_empty(shape)
@@ -159,27 +181,38 @@ class CausalLM:
     ) -> torch.Tensor:
         """input_ids, positions: [num_tokens] int64; result: [num_tokens, hidden_size], normed."""
         cos_sin = self.rope.gather(positions)
-        residual = F.embedding(input_ids, self.embed_tokens)
+        residual = self._embed(input_ids)
         # The first norm adds the contribution of "the layer before", which is nothing.
         x = torch.zeros_like(residual)
         for layer in self.layers:
             x = layer(x, residual, cos_sin, attend)
         return self.kernels.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
 
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden_size]; of several processes each looks its own tokens up."""
+        if self.collectives.ranks.size == 1:
+            return F.embedding(input_ids, self.embed_tokens)
+        first, end = self.vocab_part.start, self.vocab_part.stop
+        is_ours = (input_ids >= first) & (input_ids < end)
+        rows = F.embedding((input_ids - first) * is_ours, self.embed_tokens)
+        return self.collectives.all_reduce(rows.mul_(is_ours[:, None]))
+
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden: [num_rows, hidden_size]; result: [num_rows, vocab_size] in the model's dtype.
 
         The result is written to `out` if that is given, a tensor of its shape.
         """
-        if isinstance(self.lm_head, torch.Tensor):
+        is_table = isinstance(self.lm_head, torch.Tensor)
+        if is_table and self.collectives.ranks.size == 1:
             return torch.mm(hidden, self.lm_head.t(), out=out)
-        logits: torch.Tensor = self.lm_head(hidden)
-        return logits if out is None else out.copy_(logits)
+        part = torch.mm(hidden, self.lm_head.t()) if is_table else self.lm_head(hidden)
+        logits = self.collectives.gather_columns(part)[:, : self.config.vocab_size]
+        return logits.contiguous() if out is None else out.copy_(logits)
 
     def named_members(self) -> Iterator[tuple[str, Any]]:
         """(dotted name, tensor or LinearLayer), in order; tied embeddings come once."""
         seen = set()
-        for name, member in _named_members(self, ""):
+        for name, member in named_members(self):
             if id(member) not in seen:
                 seen.add(id(member))
                 yield name, member
@@ -205,13 +238,13 @@ class CausalLM:
         return sum(tensor.nbytes for _, tensor in self.named_parameters())
 
 
-def _named_members(part: object, prefix: str) -> Iterator[tuple[str, Any]]:
+def named_members(part: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The tensors and matrices that a part of the model and its parts hold."""
     for name, member in _attributes(part):
         if isinstance(member, torch.Tensor) or hasattr(member, "randomize"):
             yield f"{prefix}{name}", member
         elif isinstance(member, list | Part):
-            yield from _named_members(member, f"{prefix}{name}.")
+            yield from named_members(member, f"{prefix}{name}.")
 
 
 def _named_tensors(part: object, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,22 +1,22 @@
-"""Filling a CausalLM: published safetensors, streamed and strict, or random numbers from a seed."""
+"""Filling a CausalLM from published safetensors, streamed and strict."""
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import ModelConfig
-from .linear import INITIAL_STD, LinearLayer, Slice
+from .linear import LinearLayer, Slice
+from .sharding import EMBEDDING, HEAD, fill_piece, piece
 from .transformer import CausalLM, DecoderLayer
 
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def with_published_head(config: ModelConfig, directory: Path) -> ModelConfig:
@@ -30,36 +30,41 @@ def with_published_head(config: ModelConfig, directory: Path) -> ModelConfig:
     tables: list[torch.Tensor] = []
     for path in _safetensors_files(directory):
         with _open_safetensors(path) as file:
-            names = {_EMBEDDING, _HEAD}.intersection(file.keys())
+            names = {EMBEDDING, HEAD}.intersection(file.keys())
             tables += map(file.get_tensor, names)
     is_tied = len(tables) < 2 or torch.equal(*tables)
     return replace(config, tie_word_embeddings=is_tied)
 
 
-def load_safetensors(model: CausalLM, directory: Path) -> None:
+def load_safetensors(model: CausalLM, directory: Path, whole: CausalLM) -> None:
     """Copy every tensor of the checkpoint into its place, one at a time.
 
     q, k, v and gate, up are stacked into the merged matrices on the way. A tied table may stand
-    under either name. ValueError lists the names that are missing or unexpected and the tensors
-    that do not fit; the model must then not be used.
+    under either name. whole: the model of which this one is a part, for the shapes of its tensors;
+    a part reads its piece of each. ValueError lists the names that are missing or unexpected and
+    the tensors that do not fit; the model must then not be used.
     """
-    targets = published_tensors(model)
+    shapes = {name: tensor.shape for name, tensor in published_tensors(whole).items()}
+    targets = published_tensors(model)  # last: a matrix fills the targets that it named last
     missing = set(targets) - _optional_tensors(model)
     unexpected, misshapen, other_kind = [], [], []
-    for name, tensor in iter_safetensors(directory):
-        if name == _HEAD and model.config.tie_word_embeddings:
-            name = _EMBEDDING
+    for stored in _stored_tensors(directory):
+        name = stored.name
+        if name == HEAD and model.config.tie_word_embeddings:
+            name = EMBEDDING
         target = targets.get(name)
         if target is None:
             # Frequencies of the rotary embedding follow from the config.
             if not name.endswith("rotary_emb.inv_freq"):
                 unexpected.append(name)
-        elif target.shape != tensor.shape:
-            misshapen.append(f"{name} is {list(tensor.shape)}, expected {list(target.shape)}")
-        elif not _is_convertible(tensor, target):
-            other_kind.append(f"{name} is {tensor.dtype}".replace("torch.", ""))
+        elif shapes[name] != stored.shape:
+            misshapen.append(f"{name} is {list(stored.shape)}, expected {list(shapes[name])}")
         else:
-            target.copy_(tensor)
+            tensor = stored.read(piece(name, stored.shape, target.shape, model.collectives.ranks))
+            if _is_convertible(tensor, target):
+                fill_piece(target, tensor)
+            else:
+                other_kind.append(f"{name} is {tensor.dtype}".replace("torch.", ""))
         missing.discard(name)
     problems = {
         "missing": ", ".join(sorted(missing)),
@@ -85,18 +90,6 @@ def _is_convertible(tensor: torch.Tensor, target: torch.Tensor) -> bool:
     return tensor.dtype == target.dtype
 
 
-def load_random(model: CausalLM, seed: int) -> None:
-    """Fill the parameters on their device from `seed`; norms are 1 and biases 0."""
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    for name, member in model.named_members():
-        if not isinstance(member, torch.Tensor):
-            member.randomize(generator)
-        elif name.endswith("norm"):
-            member.fill_(1.0)
-        else:
-            member.normal_(0.0, INITIAL_STD, generator=generator)
-
-
 def save_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a file that is there whole or not at all; none of the tensors may share memory."""
     partial = path.with_name(f".{path.name}.partial")
@@ -114,12 +107,31 @@ def load_file(path: Path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def iter_safetensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) from model.safetensors or from the shards that the index names."""
+class _StoredTensor(NamedTuple):
+    """A tensor in an open file."""
+
+    name: str
+    file: Any
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.file.get_slice(self.name).get_shape())
+
+    def read(self, part: tuple[slice, ...]) -> torch.Tensor:
+        """No more than this part of it is read."""
+        if all(cut == slice(None) for cut in part):
+            tensor: torch.Tensor = self.file.get_tensor(self.name)
+            return tensor
+        cut: torch.Tensor = self.file.get_slice(self.name)[part]
+        return cut
+
+
+def _stored_tensors(directory: Path) -> Iterator[_StoredTensor]:
+    """Of model.safetensors, or of the shards that the index names."""
     for path in _safetensors_files(directory):
         with _open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                yield name, file.get_tensor(name)
+                yield _StoredTensor(name, file)
 
 
 class Checkpoint:
@@ -207,12 +219,12 @@ def published_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
 
     Merged matrices have a target for each of the matrices that make them up.
     """
-    targets = {_EMBEDDING: model.embed_tokens, "model.norm.weight": model.norm}
+    targets = {EMBEDDING: model.embed_tokens, "model.norm.weight": model.norm}
     if isinstance(model.lm_head, torch.Tensor):
         if not model.config.tie_word_embeddings:
-            targets[_HEAD] = model.lm_head
+            targets[HEAD] = model.lm_head
     else:
-        targets |= model.lm_head.targets(head_slices(model.config))
+        targets |= model.lm_head.targets(head_slices(model))
     for index, layer in enumerate(model.layers):
         prefix = f"model.layers.{index}."
         targets |= {prefix + name: tensor for name, tensor in layer_tensors(layer).items()}
@@ -223,7 +235,7 @@ def _optional_tensors(model: CausalLM) -> set[str]:
     """Those of `published_tensors` that a checkpoint may leave out."""
     names = set()
     if not isinstance(model.lm_head, torch.Tensor):
-        names |= model.lm_head.optional(head_slices(model.config))
+        names |= model.lm_head.optional(head_slices(model))
     for index, layer in enumerate(model.layers):
         slices = layer_slices(layer.self_attn.config)
         for part, linear in layer_linears(layer).items():
@@ -260,9 +272,9 @@ def layer_linears(layer: DecoderLayer) -> dict[str, LinearLayer]:
     }
 
 
-def head_slices(config: ModelConfig) -> tuple[Slice, ...]:
+def head_slices(model: CausalLM) -> tuple[Slice, ...]:
     """What a head that is a `LinearLayer` is in a checkpoint."""
-    return (Slice("lm_head", config.vocab_size),)
+    return (Slice("lm_head", len(model.embed_tokens)),)
 
 
 def layer_slices(config: ModelConfig) -> dict[str, tuple[Slice, ...]]:

@@ -132,8 +132,8 @@ class EngineContract:
         options = {"max_model_len": 192, **self.options, **overrides}
         return self.stage.LLMEngine(self.stage.EngineConfig(**options), model)
 
-    def make_llm(self, directory: Path) -> LLM:
-        options = {"max_model_len": 192, **self.options}
+    def make_llm(self, directory: Path, **overrides: Any) -> LLM:
+        options = {"max_model_len": 192, **self.options, **overrides}
         llm: LLM = self.stage.LLM(directory, device="cpu", **options)
         return llm
 
@@ -603,6 +603,16 @@ class EngineContract:
             for _ in range(2):
                 assert list(pool.map(lambda call: call(llm), calls)) == expected
         check_idle(llm.engine)
+
+    @pytest.mark.no_cover
+    def test_two_processes_give_the_tokens_of_one(self, tmp_path: Path) -> None:
+        directory = write_toy_model(toy_families()[3], tmp_path)
+        calls = _mixed_calls(num_calls=6)
+        expected = [call(self.make_llm(directory)) for call in calls]
+        llm = self.make_llm(directory, tensor_parallel_size=2)
+        assert [call(llm) for call in calls] == expected
+        check_idle(llm.engine)
+        llm.close()
 
     @pytest.mark.no_cover
     @pytest.mark.parametrize("seed", range(8))
