@@ -75,9 +75,12 @@ class ServedLLM(LLM):
         device: str = "auto",
         seed: int = 0,
         tokenizer: str | None = None,
+        tensor_parallel_size: int = 1,
         **engine_options: Any,
     ) -> None:
         """What concerns weights is taken as the command line gives it, and there are none."""
+        if tensor_parallel_size != 1:
+            raise ValueError("there are no weights that several processes could share")
         config = build_config(self.config_class, engine_options)
         if model is None:
             raise ValueError("name the directory of a tokenizer")
