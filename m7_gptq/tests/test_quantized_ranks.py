@@ -1,5 +1,6 @@
 """Packed weights that two processes share: cut between groups, or refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,8 @@ def quantized(folder: Path, **options) -> Path:
     return job.target
 
 
-def make(model: Path, size: int) -> LLM:
-    options = {"max_model_len": 64, "kv_cache_bytes": 1 << 22, "dtype": "float32"}
+def make(model: Path, size: int, **more) -> LLM:
+    options = {"max_model_len": 64, "kv_cache_bytes": 1 << 22, "dtype": "float32", **more}
     return LLM(model, device="cpu", tensor_parallel_size=size, **options)
 
 
@@ -46,6 +47,16 @@ def answers(llm: LLM) -> list[list[int]]:
 def test_packed_weights_are_cut_between_groups(tmp_path) -> None:
     model = quantized(tmp_path, group_size=8)
     assert answers(make(model, 2)) == answers(make(model, 1))
+
+
+def test_random_integers_are_drawn_by_each_process(tmp_path) -> None:
+    model = write_toy_model(toy_families()[0], tmp_path)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 8}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    first, again = (answers(make(model, 2, load_format="dummy")) for _ in range(2))
+    assert first == again
+    assert all(len(tokens) == GREEDY.max_tokens for tokens in first)
 
 
 def part(num_inputs: int, **options) -> QuantizedLinear:

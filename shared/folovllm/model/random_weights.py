@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .config import ModelConfig
-from .linear import INITIAL_STD, Linears
+from .linear import INITIAL_STD, Linear, Linears
 from .sharding import EMBEDDING, HEAD, fill_piece, piece
 from .transformer import CausalLM, DecoderLayer, named_members
 from .weights import layer_tensors, published_tensors
@@ -22,10 +22,13 @@ def load_random_part(model: CausalLM, config: ModelConfig, linears: Linears, see
     """This rank's part of what `load_random` makes of the whole model, of which one layer at a time
     is there. config: of the whole model.
 
-    Matrices that keep no tensors of a checkpoint, because random integers need none, get numbers
-    of their own: such a model is as large and as fast as the whole one, and another one.
+    Matrices of another format than `Linear` cannot be cut like that, and every rank draws its own:
+    together they are as large and as fast as the whole model, and another one.
     """
     generator = torch.Generator(device=model.device).manual_seed(seed)
+    if linears.of_layers is not Linear:
+        _fill(model.named_members(), generator.manual_seed(seed + model.collectives.ranks.rank))
+        return
     like = torch.empty(0, dtype=model.dtype, device=model.device)
     targets, ranks = published_tensors(model), model.collectives.ranks
 
