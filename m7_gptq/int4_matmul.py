@@ -158,6 +158,7 @@ def _nibble(
     IN_PAIRS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
+    """One nibble of each word less its zero point; words and result: [BLOCK_OUT, RUN]."""
     if IN_PAIRS:
         return _weights(words, NIBBLE, zeros, HAS_ZEROS, DTYPE)
     else:
@@ -347,8 +348,9 @@ _TILES = {
     128: Tile(num_rows=64, num_outputs=64, num_warps=4, num_stages=3, num_per_sm=3),
     MAX_ROWS: Tile(num_rows=128, num_outputs=64, num_warps=4, num_stages=3, num_per_sm=2),
 }
-"""By the rows up to which each is the best of those that were measured on an H200, with the shapes
-of an 8B model (docs/dev/trials/m7_product_ways.py)."""
+"""By the rows up to which each serves. Of the tiles that were measured on an H200 with the shapes
+of an 8B model (docs/dev/trials/m7_product_ways.py) the best for the four products of a layer
+together; for one row, the best in the engine."""
 _FLOAT32_TILE = Tile(num_rows=16, num_outputs=32, num_warps=4, num_stages=2, num_per_sm=2)
 """For checking tokens: no matrix instruction is exact enough."""
 
