@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from m7_int4_kernels import DEVICE, SHAPES, random_matrix, time_us
+from m7_product_ways import _meet_and_store
 
 from folovllm.kernels.fused import silu_mul
 from folovllm.kernels.overlap import let_next_start, overlap_options, wait_for_previous
@@ -119,27 +120,9 @@ def kernel(
                 weight = _weights(words, index, zeros, False, DTYPE)
                 dots = tl.dot(weight, x, dots)
             acc += scales.to(tl.float32)[:, None] * dots
-    places = rows.to(tl.int64)[None, :] * num_outputs + outputs[:, None]
-    mask = is_row[None, :] & (outputs < num_outputs)[:, None]
-    is_last = True
-    if SPLITS > 1:
-        part_size = num_rows.to(tl.int64) * num_outputs
-        tl.store(partial_ptr + tl.program_id(2) * part_size + places, acc, mask=mask)
-        tl.debug_barrier()
-        meeting_ptr = num_arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        is_last = tl.atomic_add(meeting_ptr, 1, sem="acq_rel") == SPLITS - 1
-        if is_last:
-            tl.store(meeting_ptr, 0)
-            acc = tl.zeros([BLOCK_OUT, ROWS], dtype=tl.float32)
-            for split in tl.static_range(SPLITS):
-                acc += tl.load(
-                    partial_ptr + split * part_size + places,
-                    mask=mask,
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-    if is_last:
-        tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    _meet_and_store(
+        acc, out_ptr, partial_ptr, num_arrived_ptr, rows, outputs, num_rows, num_outputs, SPLITS > 1
+    )
 
 
 class Form(NamedTuple):

@@ -29,6 +29,38 @@ from m7_gptq.int4_matmul import PackedWeight, _weights
 TILE = tl.constexpr(32)
 
 
+@triton.jit
+def _meet_and_store(
+    sums,
+    out_ptr,
+    partial_ptr,
+    num_arrived_ptr,
+    rows,
+    outputs,
+    num_rows,
+    num_outputs,
+    IS_SPLIT: tl.constexpr,
+):
+    """sums: [BLOCK_OUT, ROWS]; of programs that share inputs the last one adds them up."""
+    places = rows.to(tl.int64)[None, :] * num_outputs + outputs[:, None]
+    mask = (rows < num_rows)[None, :] & (outputs < num_outputs)[:, None]
+    is_last = True
+    if IS_SPLIT:
+        part_size = num_rows.to(tl.int64) * num_outputs
+        tl.store(partial_ptr + tl.program_id(2) * part_size + places, sums, mask=mask)
+        tl.debug_barrier()
+        meeting_ptr = num_arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        is_last = tl.atomic_add(meeting_ptr, 1, sem="acq_rel") == tl.num_programs(2) - 1
+        if is_last:
+            tl.store(meeting_ptr, 0)
+            sums = tl.zeros(sums.shape, dtype=tl.float32)
+            for split in range(tl.num_programs(2)):
+                part_ptrs = partial_ptr + split * part_size + places
+                sums += tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+    if is_last:
+        tl.store(out_ptr + places, sums.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _ways_kernel(
     x_ptr,
@@ -94,27 +126,9 @@ def _ways_kernel(
         acc += scales.to(tl.float32)[:, :, None] * dots
         scales = next_scales
     total = tl.sum(acc, axis=0)
-    places = rows.to(tl.int64)[None, :] * num_outputs + outputs[:, None]
-    mask = is_row[None, :] & (outputs < num_outputs)[:, None]
-    is_last = True
-    if IS_SPLIT:
-        part_size = num_rows.to(tl.int64) * num_outputs
-        tl.store(partial_ptr + tl.program_id(2) * part_size + places, total, mask=mask)
-        tl.debug_barrier()
-        meeting_ptr = num_arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        is_last = tl.atomic_add(meeting_ptr, 1, sem="acq_rel") == num_splits - 1
-        if is_last:
-            tl.store(meeting_ptr, 0)
-            total = tl.zeros([BLOCK_OUT, ROWS], dtype=tl.float32)
-            for split in range(num_splits):
-                total += tl.load(
-                    partial_ptr + split * part_size + places,
-                    mask=mask,
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-    if is_last:
-        tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=mask)
+    _meet_and_store(
+        total, out_ptr, partial_ptr, num_arrived_ptr, rows, outputs, num_rows, num_outputs, IS_SPLIT
+    )
 
 
 @triton.jit
@@ -188,27 +202,9 @@ def _joined_kernel(
         else:
             acc += scales.to(tl.float32)[:, None] * tl.dot(weight, x)
         scales = next_scales
-    places = rows.to(tl.int64)[None, :] * num_outputs + outputs[:, None]
-    mask = is_row[None, :] & (outputs < num_outputs)[:, None]
-    is_last = True
-    if IS_SPLIT:
-        part_size = num_rows.to(tl.int64) * num_outputs
-        tl.store(partial_ptr + tl.program_id(2) * part_size + places, acc, mask=mask)
-        tl.debug_barrier()
-        meeting_ptr = num_arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        is_last = tl.atomic_add(meeting_ptr, 1, sem="acq_rel") == tl.num_programs(2) - 1
-        if is_last:
-            tl.store(meeting_ptr, 0)
-            acc = tl.zeros([BLOCK_OUT, ROWS], dtype=tl.float32)
-            for split in range(tl.num_programs(2)):
-                acc += tl.load(
-                    partial_ptr + split * part_size + places,
-                    mask=mask,
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-    if is_last:
-        tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    _meet_and_store(
+        acc, out_ptr, partial_ptr, num_arrived_ptr, rows, outputs, num_rows, num_outputs, IS_SPLIT
+    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -261,28 +257,9 @@ def _once_kernel(
         x = tl.load(x_ptrs + index * RUN, mask=is_row[None, None, :], other=0.0)
         dots = tl.dot(_weights(words, index, zeros, False, DTYPE), x, dots)
     total = tl.sum(scales.to(tl.float32)[:, :, None] * dots, axis=0)
-    places = rows.to(tl.int64)[None, :] * num_outputs + outputs[:, None]
-    mask = is_row[None, :] & (outputs < num_outputs)[:, None]
-    is_last = True
-    if IS_SPLIT:
-        num_splits = tl.num_programs(2)
-        part_size = num_rows.to(tl.int64) * num_outputs
-        tl.store(partial_ptr + tl.program_id(2) * part_size + places, total, mask=mask)
-        tl.debug_barrier()
-        meeting_ptr = num_arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        is_last = tl.atomic_add(meeting_ptr, 1, sem="acq_rel") == num_splits - 1
-        if is_last:
-            tl.store(meeting_ptr, 0)
-            total = tl.zeros([BLOCK_OUT, ROWS], dtype=tl.float32)
-            for split in range(num_splits):
-                total += tl.load(
-                    partial_ptr + split * part_size + places,
-                    mask=mask,
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-    if is_last:
-        tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=mask)
+    _meet_and_store(
+        total, out_ptr, partial_ptr, num_arrived_ptr, rows, outputs, num_rows, num_outputs, IS_SPLIT
+    )
 
 
 class Once(NamedTuple):
