@@ -126,7 +126,7 @@ class Served:
             "chunk_gap_p50": gaps.get("p50"),
             "chunk_gap_p99": gaps.get("p99"),
             "num_chunks": sum(len(answer.chunk_s) for answer in answers),
-            "num_cached_tokens": None if None in cached else sum(cached),
+            "num_cached_tokens": sum(filter(None, cached)),
             "busiest_client": max(part.processor_s for part in parts) / found["duration_s"],
             "server_processor_s": {
                 process: round(seconds - before.get(process, 0.0), 3)
@@ -334,7 +334,8 @@ class Trial:
                 options["kv_cache_bytes"] = self._arguments.kv_cache_bytes
             return engine_alone(kind, self._model, options, log, self._deadline)
         command = serve_command(kind, self._model, self._limits, self._arguments)
-        row["command"] = ["python", *command[1:]]
+        model = str(self._model)
+        row["command"] = ["python", *("MODEL" if w == model else w for w in command[1:])]
         port = free_port()
         return serving([*command, "--port", str(port)], port, pool, log, self._deadline)
 
@@ -380,7 +381,8 @@ class Trial:
 
 def median(runs: list[dict[str, Any]], kind: str, figure: str) -> float | None:
     values = [run.get(figure) for run in runs if run["workload"] == kind]
-    return None if None in values else statistics.median(values)
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def ratios(systems: dict[str, Any]) -> dict[str, Any]:

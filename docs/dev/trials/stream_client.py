@@ -177,10 +177,10 @@ def _call(share: Share, path: str, request: WorkloadRequest, **what: Any) -> byt
 
 async def _ask(url: str, call: bytes, request: WorkloadRequest, due_s: float) -> Answer:
     answer = Answer(request.request_id, due_s, time.perf_counter())
-    where = urlsplit(url)
+    host, _, port = urlsplit(url).netloc.partition(":")
     try:
         transport, reader = await asyncio.get_running_loop().create_connection(
-            lambda: AnswerReader(call, answer), where.hostname, where.port
+            lambda: AnswerReader(call, answer), host, int(port)
         )
         await reader.done
         transport.close()
