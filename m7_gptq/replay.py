@@ -93,7 +93,8 @@ class WorkloadSource:
     def finish(self, request: Request) -> None:
         source = self.sources[request.request_id]
         output = request.output_token_ids
-        self.arrivals.finish(source, request.prompt_token_ids, output, end_s=0.0)
+        self.arrivals.finish(source, request.prompt_token_ids, output)
+        self.arrivals.start_ready(0.0)
 
 
 class Replay:

@@ -24,7 +24,7 @@ from folovllm.bench.probes import (
     peak_memory_bytes,
     reset_peak_memory,
 )
-from folovllm.bench.recorder import RequestRecord, RunRecord
+from folovllm.bench.recorder import RequestRecord, RunRecord, record_run
 from folovllm.bench.report import check_record, step_works
 from folovllm.hardware import Ceilings
 from folovllm.interfaces import StepOutput, StepStats, TokenLogprobs, TokenOutput
@@ -285,6 +285,21 @@ def test_follow_up_arrives_when_the_turn_before_it_is_done_and_thought_about(thi
     assert rows["turn2"]["first_token_s"] == pytest.approx((steps + 1) * STEP_S, abs=1e-5)
     ttft = report["ttft_by_group_s"]["turn 2"]
     assert ttft["p50"] == pytest.approx((steps + 1) * STEP_S - due_s)
+
+
+def test_what_the_benchmark_does_between_steps_is_no_time_of_who_follows():
+    clock = FakeClock()
+    record = record_run(
+        FakeEngine(clock),
+        Workload("alone", conversation().requests[:2]),
+        seed=0,
+        clock=clock,
+        before_step=lambda: None,
+        after_step=lambda: clock.sleep(0.1),
+    )
+    turn1, turn2 = record.requests.values()
+    assert turn2.arrival_s == pytest.approx(record.ends_s[turn1.steps[-1]] + 0.1)
+    assert record.starts_s[turn2.steps[0]] == pytest.approx(turn2.arrival_s)
 
 
 def test_idle_engine_waits_for_the_time_to_think():

@@ -12,7 +12,6 @@ def make_request(
     prompt_token_ids: Sequence[int],
     *,
     seed: int,
-    arrival_s: float = 0.0,
     max_tokens: int | None = None,
     logprobs: int | None = None,
     id_prefix: str = "",
@@ -31,7 +30,6 @@ def make_request(
             logprobs=logprobs,
         ),
         seed=seed,
-        arrival_time=arrival_s,
     )
 
 
@@ -45,7 +43,8 @@ def stand_in_prompt(source: WorkloadRequest) -> tuple[int, ...]:
 class Arrivals:
     """The requests that have not arrived yet; truthy while one of them has a time to do so.
 
-    A request that follows another gets its time and its prompt when that one is finished.
+    A request that follows another gets its prompt when that one is finished, and its time when the
+    client has made a request of it: what that takes is not the engine's.
     """
 
     def __init__(self, workload: Workload, seed: int) -> None:
@@ -54,9 +53,12 @@ class Arrivals:
         self._followers: dict[str, list[WorkloadRequest]] = {}
         self._due: list[tuple[float, int, Request]] = []
         """A heap of (seconds after the start, place in the workload, request)."""
+        self._ready: list[tuple[WorkloadRequest, Request]] = []
+        """Followers that are made and have no time yet."""
         for source in workload.requests:
             if source.follows is None:
-                self._add(source, source.prompt_token_ids, source.arrival_s)
+                request = make_request(source, source.prompt_token_ids, seed=seed)
+                self._add(source, request, source.arrival_s)
             else:
                 self._followers.setdefault(source.follows, []).append(source)
 
@@ -75,17 +77,22 @@ class Arrivals:
             requests.append(heapq.heappop(self._due)[2])
         return requests
 
-    def finish(
-        self, done: WorkloadRequest, prompt: Sequence[int], output: Sequence[int], end_s: float
-    ) -> None:
-        """Give those that follow `done` their time and their prompt, now that its answer is known.
+    def finish(self, done: WorkloadRequest, prompt: Sequence[int], output: Sequence[int]) -> None:
+        """Make the requests that follow `done`, now that its answer is known; see `start_ready`.
 
         Nothing is copied for a request that nobody follows: this is called while the clock runs.
         """
         for source in self._followers.pop(done.request_id, ()):
             history = (*prompt, *output)[: source.history_len]
-            self._add(source, (*history, *source.prompt_token_ids), end_s + source.arrival_s)
+            request = make_request(source, (*history, *source.prompt_token_ids), seed=self._seed)
+            self._ready.append((source, request))
 
-    def _add(self, source: WorkloadRequest, prompt: Sequence[int], due_s: float) -> None:
-        request = make_request(source, prompt, seed=self._seed, arrival_s=due_s)
+    def start_ready(self, now_s: float) -> None:
+        """Those that were made arrive now, or when their time to think is over."""
+        for source, request in self._ready:
+            self._add(source, request, now_s + source.arrival_s)
+        self._ready.clear()
+
+    def _add(self, source: WorkloadRequest, request: Request, due_s: float) -> None:
+        request.arrival_time = due_s
         heapq.heappush(self._due, (due_s, self._place[source.request_id], request))

@@ -84,7 +84,7 @@ class BlockMapRecorder:
         cache: Any = getattr(self._manager, "prefix_cache", None)
         self._samples[step] = _Sample(
             {request_id: list(table) for request_id, table in tables.items()},
-            np.array([] if cache is None else list(cache.idle), dtype=np.int32),
+            np.fromiter(() if cache is None else cache.idle, dtype=np.int32),
         )
         self._seconds += self._clock.now() - start
 

@@ -108,10 +108,11 @@ def record_run(
 ) -> RunRecord:
     """Replay the workload in real time: a request is added when its arrival has come.
 
-    One that follows another arrives when the step that gave the other's last token has returned
-    and its time to think is over.
+    One that follows another arrives when the step that gave the other's last token has returned,
+    a request has been made of the answer, and the time to think is over.
 
-    `before_step` and `after_step` are called outside the time of a step.
+    `before_step` and `after_step` are called outside the time of a step, and what they take is in
+    nobody's time to the first token but of those who arrived before.
     """
     sources = {source.request_id: source for source in workload.requests}
     arrivals = Arrivals(workload, seed)
@@ -133,12 +134,13 @@ def record_run(
         output = engine.step()
         end_s = clock.now() - origin
         record.add_step(start_s, end_s, output)
+        watch.check(output)
+        after_step()
         for token in output.tokens:
             if token.finish_reason is not None:
                 done = record.requests[token.request_id]
-                arrivals.finish(done.request, done.prompt_token_ids, done.token_ids, end_s)
-        watch.check(output)
-        after_step()
+                arrivals.finish(done.request, done.prompt_token_ids, done.token_ids)
+        arrivals.start_ready(clock.now() - origin)
     return record
 
 
