@@ -61,8 +61,13 @@ class KVCache:
             sources = np.array([copy.source for copy in run], dtype=np.int64)
             destinations = np.array([copy.destination for copy in run], dtype=np.int64)
             if run[0].kind is CopyKind.COPY_ON_WRITE:
-                read, write = upload((sources, destinations), self.kv.device)
-                self.kv.index_copy_(2, write, self.kv.index_select(2, read))
+                # As rows of a matrix: along an axis in the middle of a tensor of over 2 GiB, torch
+                # launches a kernel for every layer.
+                rows = self.kv.view(-1, self.kv[0, 0, 0].numel())
+                firsts = np.arange(0, len(rows), self.kv.shape[2])[:, None]
+                places = ((firsts + sources).ravel(), (firsts + destinations).ravel())
+                read, write = upload(places, self.kv.device)
+                rows.index_copy_(0, write, rows.index_select(0, read))
             elif run[0].kind is CopyKind.SWAP_OUT:
                 (read,) = upload((sources,), self.kv.device)
                 blocks = self.kv.index_select(2, read).movedim(2, 0).contiguous()
