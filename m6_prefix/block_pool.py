@@ -39,11 +39,13 @@ class BlockPool:
         self.ref_counts[block_id] = 1
         return block_id
 
-    def share(self, block_id: int) -> None:
-        """Add a reference to a block in use, or to a cached one."""
-        if self.ref_counts[block_id] == 0:
-            self.prefix_cache.acquire(block_id)
-        self.ref_counts[block_id] += 1
+    def share(self, *block_ids: int) -> None:
+        """Add a reference to each of some blocks in use, or cached."""
+        ref_counts = self.ref_counts
+        for block_id in block_ids:
+            if ref_counts[block_id] == 0:
+                self.prefix_cache.acquire(block_id)
+            ref_counts[block_id] += 1
 
     def is_shared(self, block_id: int) -> bool:
         """Whether others may read it, now or later: then nobody may write to it."""

@@ -123,8 +123,7 @@ class KVCacheManager:
         """Let `child` start from the blocks of its parent's first `num_tokens` computed tokens."""
         num_blocks = -(-num_tokens // self.block_size)
         shared = self.block_tables[parent.request_id][:num_blocks]
-        for block_id in shared:
-            self.pool.share(block_id)
+        self.pool.share(*shared)
         self.block_tables[child.request_id] = shared
         num_cached = self.num_cached_blocks.get(parent.request_id, 0)
         self.num_cached_blocks[child.request_id] = min(num_cached, num_tokens // self.block_size)
@@ -148,8 +147,7 @@ class KVCacheManager:
         if match.num_tokens <= request.num_computed_tokens:
             return
         self.free(request)
-        for block_id in match.block_ids:
-            self.pool.share(block_id)
+        self.pool.share(*match.block_ids)
         self.block_tables[request.request_id] = match.block_ids
         self.num_cached_blocks[request.request_id] = match.num_tokens // self.block_size
         request.num_computed_tokens = match.num_tokens

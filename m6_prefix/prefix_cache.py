@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 TOKEN_BYTES = 4
+_NO_BLOCK = -1
+"""Stands in nodes that are no block: the root, and the salts below it."""
 
 
 def token_bytes(token_ids: Sequence[int]) -> bytes:
@@ -45,18 +47,17 @@ class Node:
 
     __slots__ = ("block_id", "children", "key", "parent", "sorted_keys")
 
-    def __init__(self, parent: "Node | None", key: bytes, block_id: int | None) -> None:
+    def __init__(self, parent: "Node | None", key: bytes, block_id: int) -> None:
         self.parent = parent
         self.key = key
         """The block's tokens."""
         self.block_id = block_id
-        """None where no block is: at the root, and at the salts below it."""
         self.children: dict[bytes, Node] = {}
         self.sorted_keys: list[bytes] = []
         """Keys of the children. Who has the most first tokens in common with some others stands
         next to where these would be inserted."""
 
-    def add(self, key: bytes, block_id: int | None) -> "Node":
+    def add(self, key: bytes, block_id: int) -> "Node":
         insort(self.sorted_keys, key)
         child = self.children[key] = Node(self, key, block_id)
         return child
@@ -68,7 +69,7 @@ class Node:
             return
         del parent.children[self.key]
         del parent.sorted_keys[bisect_left(parent.sorted_keys, self.key)]
-        if parent.block_id is None and not parent.children:
+        if parent.block_id == _NO_BLOCK and not parent.children:
             parent.remove()
 
     def closest(self, tokens: bytes) -> "Node | None":
@@ -90,7 +91,7 @@ class PrefixCache:
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.root = Node(None, b"", None)
+        self.root = Node(None, b"", _NO_BLOCK)
         """Its children are the salts, which have nothing in common."""
         self.nodes: dict[int, Node] = {}
         """Block id -> node; cached is what stands here."""
@@ -106,9 +107,9 @@ class PrefixCache:
         node = self.root.children.get(_salt_key(salt))
         if node is None:
             return Match(block_ids, 0)
-        for key in split_blocks(tokens, self.block_size):
-            child = node.children.get(key)
-            if child is None or child.block_id is None or len(key) < num_bytes:
+        for start in range(0, len(tokens) - num_bytes + 1, num_bytes):
+            child = node.children.get(tokens[start : start + num_bytes])
+            if child is None:
                 break
             node = child
             block_ids.append(child.block_id)
@@ -116,7 +117,7 @@ class PrefixCache:
         start = num_tokens * TOKEN_BYTES
         rest = tokens[start : start + num_bytes]
         closest = node.closest(rest)
-        if closest is not None and closest.block_id is not None:
+        if closest is not None:
             num_common_tokens = _num_common_tokens(closest.key, rest)
             if num_common_tokens:
                 block_ids.append(closest.block_id)
@@ -131,7 +132,7 @@ class PrefixCache:
         """
         parent = self._salt_node(salt) if parent_id is None else self.nodes[parent_id]
         cached = parent.children.get(key)
-        if cached is not None and cached.block_id is not None:
+        if cached is not None:
             return cached.block_id
         if block_id in self.nodes:
             raise RuntimeError(f"block {block_id} is cached for other tokens")
@@ -176,7 +177,7 @@ class PrefixCache:
 
     def _salt_node(self, salt: str | None) -> Node:
         key = _salt_key(salt)
-        return self.root.children.get(key) or self.root.add(key, None)
+        return self.root.children.get(key) or self.root.add(key, _NO_BLOCK)
 
 
 def _salt_key(salt: str | None) -> bytes:

@@ -31,6 +31,6 @@ def _line(node: Node, ref_counts: Sequence[int]) -> str:
     tokens = list(map(str, tokens_of(node.key)))
     if len(tokens) > _NUM_SHOWN + 1:
         tokens[_NUM_SHOWN:-1] = ["…"]
-    num_holders = ref_counts[node.block_id or 0]
+    num_holders = ref_counts[node.block_id]
     state = f"held by {num_holders}" if num_holders else "idle"
     return f"[{node.block_id}] {' '.join(tokens)}  {state}"

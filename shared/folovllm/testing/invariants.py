@@ -117,7 +117,7 @@ def check_prefix_cache(manager: Any, running: list[Request]) -> None:
         for key, child in node.children.items():
             assert child.parent is node and child.key == key
             if node is cache.root:
-                assert child.block_id is None and child.children, "a salt without a prefix"
+                assert child.block_id < 0 and child.children, "a salt without a prefix"
                 continue
             num_nodes += 1
             assert cache.nodes[child.block_id] is child
