@@ -133,7 +133,7 @@ def check_prefix_cache(manager: Any, running: list[Request]) -> None:
         assert num_cached * manager.block_size <= request.num_computed_tokens
         for index, block_id in enumerate(table[:num_cached]):
             node = cache.nodes[block_id]
-            assert node.parent.block_id == (table[index - 1] if index else None)
+            assert node.parent.block_id == (table[index - 1] if index else -1)
             tokens = request.token_ids[index * manager.block_size :][: manager.block_size]
             assert list(array("i", node.key)) == tokens, "a block is cached for other tokens"
 
