@@ -149,6 +149,7 @@ LONG_PROMPTS = Setting(
     workloads={
         "long-arrival": "long-arrival:decoders=16,input=128,output=600,prompt=16384,at=0.5",
         "long-context": "fixed:batch=8,input=16384,output=256",
+        "prefix-hit": "prefix-hit:prompt=8192,cached=0.5/0.9/0.99,num=6,output=4",
     },
 )
 """32 GiB are the 17 slots of 17,408 tokens that m2_batching needs for `long-arrival`."""
@@ -190,9 +191,6 @@ WHOLE_TABLE = Table(
         },
         "hf": {
             "nano": "nano:1",
-            "fixed-batch-8": "fixed:1,batch=8,input=512,output=128",
-            "fixed-batch-64": "fixed:1,batch=64,input=512,output=128",
-            "fixed-batch-256": "fixed:1,batch=256,input=512,output=128",
             "long-context": "fixed:1,batch=8,input=16384,output=256",
         },
     },
@@ -203,7 +201,10 @@ WHOLE_TABLE = Table(
         # It does not tell what it needs of the memory that it takes.
         "vllm": ("nano-fit",),
         "hf": (
-            *("nano-fit", "nano-8gib", "multi-turn", "long-arrival"),
+            *("nano-fit", "nano-8gib", "multi-turn", "long-arrival", "prefix-hit"),
+            # One request after another: as many as there are, the first takes as long as that of
+            # fixed-batch-1.
+            *("fixed-batch-8", "fixed-batch-64", "fixed-batch-256"),
             *EIGHT_BILLION.workloads,
         ),
     },
