@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,8 +81,25 @@ def test_whoever_leaves_is_aborted_and_slow_readers_get_more_at_once(tokenizer_p
             await check_latencies_count_from_before_prompts_become_tokens(llm)
             await check_queue_has_a_limit(llm)
             await all_gone(llm)
+            await check_ids_wait_for_no_thread(llm)
 
     asyncio.run(run())
+
+
+async def check_ids_wait_for_no_thread(llm):
+    is_over = threading.Event()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    busy = asyncio.create_task(asyncio.to_thread(is_over.wait))
+    await asyncio.sleep(0)  # it has the only thread now
+    try:
+        async with asyncio.timeout(10):
+            outputs = [output async for output in llm.generate([5, 6, 7], SHORT)]
+            assert outputs[-1].outputs[0].token_ids == [5, 6]
+    finally:
+        is_over.set()
+        await busy
+    with pytest.raises(ValueError, match="prompt 0 must be"):
+        await llm.start([5])
 
 
 async def check_nobody_counts_whom_the_engine_accepts_too_late(llm, steps):

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,16 @@ def metaspace(tmp_path_factory):
 def test_text_survives_encoding_and_decoding(byte_level, metaspace):
     assert byte_level.decode(byte_level.encode(TEXT)) == TEXT
     assert metaspace.decode(metaspace.encode(TEXT)) == TEXT
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(byte_level):
+    encoding = threading.Thread(target=byte_level.encode, args=(TEXT * 20_000,))
+    encoding.start()
+    num_turns = 0
+    while encoding.is_alive():  # for a third of a second at least
+        time.sleep(0.001)
+        num_turns += 1
+    assert num_turns > 20
 
 
 def test_special_tokens_are_left_out_of_text_only_when_asked(byte_level):

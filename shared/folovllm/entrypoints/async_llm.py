@@ -27,6 +27,9 @@ from .outputs import RequestOutput, RequestOutputKind
 from .prompts import Prompt, PromptInput, parse_prompt
 from .request_builder import RequestBuilder
 
+_MAX_TOKENS_AT_ONCE = 8192
+"""To look at so many ids takes a millisecond."""
+
 
 class AsyncLLM:
     """A model behind one stage's engine, which runs in a process of its own.
@@ -154,7 +157,10 @@ class AsyncLLM:
         arrived = time.perf_counter() if arrival_time is None else arrival_time
         self._engine.check_alive()
         self._check_queue(len(prompts))
-        parsed = await asyncio.to_thread(self._parse, prompts)
+        if _are_read_at_once(prompts):
+            parsed = self._parse(prompts)
+        else:
+            parsed = await asyncio.to_thread(self._parse, prompts)
         params = sampling_params or self.get_default_sampling_params()
         priorities = None if priority is None else [priority] * len(prompts)
         if params.structured_outputs is None:
@@ -227,3 +233,17 @@ class AsyncLLM:
             parse_prompt(prompt, index, self.tokenizer, vocab_size)
             for index, prompt in enumerate(prompts)
         ]
+
+
+def _are_read_at_once(prompts: Sequence[PromptInput]) -> bool:
+    """Whether they are few tokens: to have a thread look at them would take longer than to look.
+
+    Whoever wants the interpreter while another thread has it waits for up to 5 ms.
+    """
+    num_tokens = 0
+    for prompt in prompts:
+        ids = prompt.token_ids if isinstance(prompt, Prompt) else prompt
+        if isinstance(ids, str) or not isinstance(ids, Sequence):
+            return False
+        num_tokens += len(ids)
+    return num_tokens <= _MAX_TOKENS_AT_ONCE

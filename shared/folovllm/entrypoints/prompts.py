@@ -55,10 +55,11 @@ def parse_prompt(
         token_ids = tokenizer.encode(text)
     if not token_ids:
         raise ValueError(f"prompt {index} has no tokens; an engine needs at least one")
+    if isinstance(prompt, Prompt):
+        check_token_ids(f"prompt {index}", token_ids, vocab_size)
+        return prompt
     token_ids = list(map(int, token_ids))
     check_token_ids(f"prompt {index}", token_ids, vocab_size)
-    if isinstance(prompt, Prompt):
-        return prompt
     cache_salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
     return Prompt(text, token_ids, cache_salt)
 

@@ -115,7 +115,9 @@ class Tokenizer:
                 f"the text is no valid Unicode: it holds {text[error.start]!r} at index "
                 f"{error.start}; read it with the encoding that it was written in"
             ) from error
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        # This call takes a third less time than `encode`, which also notes where each token stands,
+        # and other threads run meanwhile: a server that reads a long prompt goes on streaming.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
 

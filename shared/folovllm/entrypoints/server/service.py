@@ -49,6 +49,9 @@ class Service:
         """Calls that generate and have not been answered to the end."""
         self._settings = settings
         self._defaults = defaults
+        # A chat goes on to the end of its turn where nobody sets a limit, a completion does not.
+        has_limit = defaults.max_tokens != SamplingParams().max_tokens
+        self._chat_defaults = defaults if has_limit else replace(defaults, max_tokens=None)
         self._delivery = Delivery()
 
     async def complete(self, request: Request, body: CompletionBody) -> Response:
@@ -57,19 +60,17 @@ class Service:
         if not prompts:
             raise ApiError(400, "prompt is an empty list", param="prompt")
         params = self._params(body, self._defaults, len(prompts))
-        # In the thread pool, as all that takes as long as a prompt is.
-        taken = await asyncio.to_thread(self._take_prompts, prompts, body)
+        # In the thread pool, as all that takes as long as a text is; ids are only passed on.
+        taken: Sequence[PromptInput] = prompts
+        if body.add_special_tokens is False or body.cache_salt is not None:
+            taken = await asyncio.to_thread(self._take_prompts, prompts, body)
         texts = await asyncio.to_thread(self._texts, prompts) if body.echo else []
         shape = CompletionShape(body, texts, self._token_text)
         return await self._generate(request, body, taken, params, shape, arrival_time)
 
     async def chat(self, request: Request, body: ChatBody) -> Response:
         arrival_time = time.perf_counter()
-        # A chat goes on to the end of its turn where nobody sets a limit, a completion does not.
-        defaults = self._defaults
-        if defaults.max_tokens == SamplingParams().max_tokens:
-            defaults = replace(defaults, max_tokens=None)
-        params = self._params(body, defaults, 1)
+        params = self._params(body, self._chat_defaults, 1)
         prompt = await asyncio.to_thread(self._render, body, body.cache_salt)
         shape = ChatShape(body)
         return await self._generate(request, body, [prompt], params, shape, arrival_time)
@@ -216,7 +217,7 @@ class Service:
         try:
             tokenizer = self._tokenizer()
             ids = tokenizer.apply_chat_template(body.messages, body.chat_options())
-            return Prompt(tokenizer.decode(ids, skip_special_tokens=False), ids, cache_salt)
+            return Prompt(None, ids, cache_salt)  # nobody asks for its text
         except ValueError as error:
             refusal = invalid_value(error, ConversationBody.model_fields)
             refusal.content["param"] = refusal.content["param"] or "messages"
