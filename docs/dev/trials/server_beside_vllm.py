@@ -407,7 +407,7 @@ def ratios(systems: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--systems", nargs="+", default=["engine:m6_prefix", "server:m6_prefix", "server:vllm"]
+        "--systems", nargs="+", default=["server:m6_prefix", "server:vllm", "engine:m6_prefix"]
     )
     parser.add_argument("--model", default="qwen3-0.6b", help="its shape: a preset, or a directory")
     parser.add_argument("--arrivals", metavar="SPEC", help="a workload with times of arrival")
