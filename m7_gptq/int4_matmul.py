@@ -356,10 +356,23 @@ _FLOAT32_TILE = Tile(num_rows=16, num_outputs=32, num_warps=4, num_stages=2, num
 """For checking tokens: no matrix instruction is exact enough."""
 
 
-def _tile(x: torch.Tensor) -> Tile:
+def _tile(x: torch.Tensor, num_outputs: int) -> Tile:
+    """With many rows the largest, which share most; or smaller ones, if all have room at a time."""
     if x.dtype == torch.float32:
         return _FLOAT32_TILE
-    return next(tile for num_rows, tile in _TILES.items() if len(x) <= num_rows)
+    tile = next(tile for num_rows, tile in _TILES.items() if len(x) <= num_rows)
+    if tile is _TILES[MAX_ROWS]:
+        smaller = _TILES[MAX_ROWS // 2]
+        num_blocks, _ = _num_blocks(len(x), num_outputs, smaller)
+        if num_blocks <= smaller.num_per_sm * _num_sms(x.device):
+            return smaller
+    return tile
+
+
+def _num_blocks(num_rows: int, num_outputs: int, tile: Tile) -> tuple[int, tuple[int, int]]:
+    """Tiles of a product, and how many lie along its outputs and its rows."""
+    sides = (triton.cdiv(num_outputs, tile.num_outputs), triton.cdiv(num_rows, tile.num_rows))
+    return sides[0] * sides[1], sides
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -368,7 +381,7 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
         x = x.index_select(1, weight.order)
     if len(x) > MAX_ROWS or weight.run < _MIN_DOT:
         return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
-    return multiply(x, weight, bias, _tile(x))
+    return multiply(x, weight, bias, _tile(x, len(weight.scales)))
 
 
 def multiply(
@@ -377,8 +390,8 @@ def multiply(
     """As `linear`, by the kernel and with any tile; x has its inputs in the weight's order."""
     num_rows = len(x)
     num_outputs, num_groups = weight.scales.shape
-    blocks = (triton.cdiv(num_outputs, tile.num_outputs), triton.cdiv(num_rows, tile.num_rows))
-    splits = _num_splits(blocks[0] * blocks[1], weight.num_runs, tile, x.device)
+    num_blocks, blocks = _num_blocks(num_rows, num_outputs, tile)
+    splits = _num_splits(num_blocks, weight.num_runs, tile, x.device)
     out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
     partial = out
     if splits > 1:

@@ -140,3 +140,21 @@ def test_inputs_are_shared_when_that_shortens_the_waves_and_nobody_is_left_witho
     assert splits == 1 or num_blocks <= room
     if num_blocks == 64 and num_steps == 32:
         assert splits == 6  # 384 programs, where there is room for 396
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_outputs", "limit"),
+    [
+        (256, 24576, 256),  # 1,536 of the smaller tiles, and room for 396
+        (256, 6144, 128),
+        (129, 4096, 128),
+        (128, 24576, 128),  # never larger than for so many rows
+        (16, 64, 16),
+    ],
+)
+def test_many_rows_get_smaller_tiles_if_all_of_them_have_room(
+    monkeypatch, num_rows, num_outputs, limit
+) -> None:
+    monkeypatch.setattr(int4_matmul, "_num_sms", lambda device: 132)
+    x = torch.empty(num_rows, 8, dtype=torch.bfloat16)
+    assert int4_matmul._tile(x, num_outputs) is int4_matmul._TILES[limit]
