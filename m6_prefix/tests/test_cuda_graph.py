@@ -93,8 +93,8 @@ def test_smallest_graph_that_holds_the_step_is_found() -> None:
 
 def test_chunk_behind_a_long_context_is_launched_kernel_by_kernel() -> None:
     graphs = planned_graphs(EngineConfig())
-    assert graphs.find(2048, 1, num_pairs=2048 * 4096) == StepShape(2048, 1)
-    assert graphs.find(2048, 1, num_pairs=2048 * 4096 + 1) is None
+    assert graphs.find(2048, 1, num_pairs=2048 * 16384) == StepShape(2048, 1)
+    assert graphs.find(2048, 1, num_pairs=2048 * 16384 + 1) is None
     assert graphs.find(1, 1, num_pairs=1_000_000) == StepShape(1, 1)
 
 
