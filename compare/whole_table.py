@@ -164,8 +164,11 @@ LITTLE_MEMORY = Setting(
     is_memory_scarce=True,
 )
 
+_SETTINGS = (PLENTY, EIGHT_BILLION, LONG_PROMPTS, LITTLE_MEMORY, FITTED_NANO)
+_ALL_FOLDERS = tuple(folder for setting in _SETTINGS for folder in setting.workloads)
+
 WHOLE_TABLE = Table(
-    settings=(PLENTY, EIGHT_BILLION, LONG_PROMPTS, LITTLE_MEMORY, FITTED_NANO),
+    settings=_SETTINGS,
     engines=(
         "m1_baseline",
         "m2_batching",
@@ -208,11 +211,8 @@ WHOLE_TABLE = Table(
             *EIGHT_BILLION.workloads,
         ),
     },
-    single_runs={
-        "m2_batching": ("nano-8gib",),
-        "m3_paged": ("nano-8gib",),
-        "hf": (*PLENTY.workloads, *LONG_PROMPTS.workloads),
-    },
+    # Three runs of the slow ones would be half of the time, for distances of several times.
+    single_runs=dict.fromkeys(("m1_baseline", "m2_batching", "m3_paged", "hf"), _ALL_FOLDERS),
     without_pool=("m1_baseline",),
 )
 

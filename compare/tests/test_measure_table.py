@@ -35,7 +35,7 @@ TABLE = Table(
     left_out={"m5_chunked": ("fitted",)},
 )
 # Unknown models start in 60 s, unknown runs take 20 s and 3 s beside the clock.
-FIRST, SECOND, FIT = 60 + 2 * 69, 60 + 2 * 69, 60 + 23
+FIRST, SECOND, FIT = 30 + 2 * 69, 30 + 2 * 69, 30 + 23
 
 
 class Machine:
@@ -200,10 +200,10 @@ def test_a_plan_says_which_job_runs_in_which_call_and_runs_nothing(
     write_json(tmp_path / "stored/nvidia-h200/many/m2_batching.json", result)
     assert measure("--plan", "--limit", "280") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "call 1: 229 s" and lines[3] == "call 2: 198 s"
-    assert "m2_batching, small, 3 runs: start 60, few 69, many 30" in lines[1]
-    assert "m2_batching, fit, 1 run: start 60, fitted 10" in lines[2]
-    assert lines[-1] == "2 calls, 427 s, as estimated"
+    assert lines[0] == "call 1: 169 s" and lines[3] == "call 2: 168 s"
+    assert "m2_batching, small, 3 runs: start 30, few 69, many 30" in lines[1]
+    assert "m2_batching, fit, 1 run: start 30, fitted 10" in lines[2]
+    assert lines[-1] == "2 calls, 337 s, as estimated"
     assert machine.commands == []
     (tmp_path / "stored").rename(tmp_path / "far away")
     assert measure("--plan", "--limit", "280") == 0
