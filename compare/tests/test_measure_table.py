@@ -111,7 +111,7 @@ def test_every_engine_measures_a_setting_in_one_process_before_the_next_setting(
 def test_a_further_call_goes_on_with_what_the_first_had_no_time_for(machine, measure, capsys):
     machine.seconds = 150
     assert measure("--limit", f"{FIRST + 100}") == EXIT_INCOMPLETE
-    # 148 s are left: too few for the second engine, enough for what the first one needs.
+    # 118 s are left: too few for the second engine, enough for what the first one needs.
     assert [command[:2] for command in machine.commands] == [
         ("m2_batching", "few=nano:2"),
         ("m2_batching", "fitted=nano:8"),
