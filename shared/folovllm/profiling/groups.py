@@ -13,7 +13,7 @@ _PRODUCTS = (
     *("::mm", "::addmm", "::bmm", "::baddbmm"),  # torch's operators, on a CPU
 )
 _PATTERNS = (
-    ("attention", ("_decode_kernel", "_prefill_kernel", "flash", "scaled_dot_product")),
+    ("attention", ("decode_kernel", "prefill_kernel", "flash", "scaled_dot_product")),
     ("norms", ("rms_norm",)),
     ("rotary embedding", ("rope",)),
     ("activation", ("silu",)),
