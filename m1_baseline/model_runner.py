@@ -37,7 +37,7 @@ class ModelRunner:
         self.model = model
         self.kv_cache = KVCache(config, model)
         self.attention = Attention(self.kv_cache)
-        self.sampler = Sampler(model.config.vocab_size, model.device)
+        self.sampler = Sampler(model.config.vocab_size, model.device, model.logits_parts)
 
     @torch.inference_mode()
     def execute(self, scheduler_output: SchedulerOutput) -> SamplerOutput:
@@ -48,7 +48,7 @@ class ModelRunner:
         hidden = self.model(batch.input_ids, batch.positions, self.attention.forward)
         logits = self.model.compute_logits(hidden[batch.logits_indices])
         prompt_logprobs = compute_prompt_logprobs(
-            scheduler_output.scheduled, hidden, self.model.compute_logits
+            scheduler_output.scheduled, hidden, self.model.compute_all_logits
         )
         # Behind the launches: the device computes while the host collects the sampling rules.
         sampling = self.sampler.prepare([s.request for s in scheduler_output.scheduled])

@@ -47,7 +47,7 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, model: CausalLM) -> None:
         self.config = config
         self.model = model
-        self.sampler = Sampler(model.config.vocab_size, model.device)
+        self.sampler = Sampler(model.config.vocab_size, model.device, model.logits_parts)
         num_bytes = config.kv_cache_bytes
         if num_bytes is None:
             num_bytes = profile_kv_cache_bytes(
@@ -65,7 +65,7 @@ class ModelRunner:
         hidden = self.model(batch.input_ids, batch.positions, attend)
         logits = self.model.compute_logits(hidden[batch.logits_indices])
         prompt_logprobs = compute_prompt_logprobs(
-            scheduler_output.scheduled, hidden, self.model.compute_logits
+            scheduler_output.scheduled, hidden, self.model.compute_all_logits
         )
         # Behind the launches: the device computes while the host collects the sampling rules.
         sampling = self.sampler.prepare([s.request for s in scheduler_output.scheduled])

@@ -6,7 +6,6 @@ from functools import partial
 import torch
 
 from folovllm.interfaces import SamplerOutput
-from folovllm.kernels.random import select_choose_tokens
 from folovllm.memory import largest_prompts, profile_kv_cache_bytes
 from folovllm.model.config import kv_bytes_per_token
 from folovllm.model.transformer import CausalLM
@@ -33,7 +32,7 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, model: CausalLM) -> None:
         self.config = config
         self.model = model
-        self.sampler = Sampler(model.config.vocab_size, model.device)
+        self.sampler = Sampler(model.config.vocab_size, model.device, model.logits_parts)
         self.graphs: StepGraphs | None = None
         num_bytes = config.kv_cache_bytes
         if num_bytes is None:
@@ -59,7 +58,7 @@ class ModelRunner:
         hidden = self._compute_hidden(step)
         logits = self._compute_logits(step, hidden)
         prompt_logprobs = compute_prompt_logprobs(
-            scheduler_output.scheduled, hidden, self.model.compute_logits
+            scheduler_output.scheduled, hidden, self.model.compute_all_logits
         )
         # Behind the launches: the device computes while the host collects the sampling rules.
         sampling = self.sampler.prepare(requests)
@@ -129,7 +128,7 @@ class ModelRunner:
         max_size = min(config.max_graph_size, config.max_num_seqs)
         max_prompt_len = min(config.max_graph_prompt_len, config.max_model_len)
         shapes = decode_shapes(max_size) + prompt_shapes(max_prompt_len)
-        choose_tokens = select_choose_tokens(self.model.device)
+        choose_tokens = self.sampler.choose_tokens
 
         def run_step(
             batch: InputBatch[torch.Tensor], noise: Noise, logits: torch.Tensor
@@ -137,8 +136,8 @@ class ModelRunner:
             self._compute_logits(batch, self._compute_hidden(batch), logits)
             return choose_tokens(logits, noise.temperatures, noise.seeds, noise.positions)
 
-        vocab_size, model = self.model.config.vocab_size, self.model
-        logits = torch.empty((max_size, vocab_size), dtype=model.dtype, device=model.device)
+        num_columns, model = self.sampler.num_columns, self.model
+        logits = torch.empty((max_size, num_columns), dtype=model.dtype, device=model.device)
         return StepGraphs(shapes, self.block_tables, logits, run_step, recorder)
 
     def _use_cache(self, num_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from folovllm.entrypoints.async_llm import AsyncLLM
 from folovllm.interfaces import StepOutput, StepStats
 from folovllm.request import SamplingParams
 from folovllm.testing.toy_models import ToyFamily, toy_families, write_toy_model
 from m6_prefix.llm import LLM
+from m6_prefix.tests.graphed_llm import GraphedLLM
 
 BIASED = ToyFamily("biased", "llama", {"attention_bias": True, "mlp_bias": True})
 FAMILIES = (*toy_families(), BIASED)
@@ -34,9 +38,19 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family.name: write_toy_model(family, folder / family.name) for family in FAMILIES}
 
 
-def make(model: Path, size: int, **options: Any) -> LLM:
+PLAIN = [
+    GREEDY,
+    *(
+        SamplingParams(max_tokens=12, temperature=temperature, seed=5, ignore_eos=True)
+        for temperature in (0.7, 1.0, 1.5)
+    ),
+]
+"""Greedy and by temperature alone: one number of each request travels, and no logits."""
+
+
+def make(model: Path, size: int, llm_class: type[LLM] = LLM, **options: Any) -> LLM:
     options = {"max_model_len": 64, "kv_cache_bytes": 1 << 22, "dtype": "float32", **options}
-    return LLM(model, device="cpu", tensor_parallel_size=size, **options)
+    return llm_class(model, device="cpu", tensor_parallel_size=size, **options)
 
 
 def answers(llm: LLM, params: Sequence[SamplingParams] = PARAMS) -> list[tuple[list[int], Any]]:
@@ -78,6 +92,91 @@ def recorded(step: Callable[[], StepOutput], stats: list[StepStats]) -> Callable
         return output
 
     return run
+
+
+@pytest.mark.parametrize("llm_class", [LLM, GraphedLLM])
+def test_all_logits_travel_for_rules_that_look_at_them_alone(llm_class, toys, monkeypatch) -> None:
+    """Inside a captured step each process chooses among its tokens; other rules run behind it."""
+    alone = make(toys["qwen2"], 1)
+    expected = [alone.generate(PROMPTS, params, use_tqdm=False) for params in (PLAIN, PARAMS)]
+    llm = make(toys["qwen2"], 2, llm_class, enable_prefix_caching=False)
+    parts: Any = llm.model.logits_parts
+    gather, gathers = parts.gather, list[tuple[int, ...]]()
+
+    def recorded_gather(part: torch.Tensor) -> torch.Tensor:
+        gathers.append(tuple(part.shape))
+        return gather(part)
+
+    monkeypatch.setattr(parts, "gather", recorded_gather)
+    graphs = llm.engine.model_runner.graphs  # type: ignore[attr-defined]
+    outputs = llm.generate(PROMPTS, PLAIN, use_tqdm=False)
+    assert not gathers
+    outputs += llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    # Until the longest request with other rules is done; 128 columns of 199 for each of two.
+    assert len(gathers) >= 16
+    assert {shape[1] for shape in gathers} == {128}
+    if llm_class is GraphedLLM:
+        assert sum(graph.graph.num_replays for graph in graphs.graphs.values()) >= 12 + 16
+    llm.close()
+    for output, other in zip(outputs, [*expected[0], *expected[1]], strict=True):
+        assert output.outputs[0].token_ids == other.outputs[0].token_ids
+        assert_close_logprobs(output.outputs[0].logprobs, other.outputs[0].logprobs)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_two_devices_give_the_tokens_of_one(enforce_eager, toys) -> None:
+    def tokens(size: int) -> list[list[int]]:
+        options = {"max_model_len": 64, "kv_cache_bytes": 1 << 22, "dtype": "float32"}
+        llm = LLM(
+            toys["qwen3"],
+            device="cuda",
+            tensor_parallel_size=size,
+            enforce_eager=enforce_eager,
+            **options,
+        )
+        outputs = llm.generate([*PROMPTS, *PROMPTS], [*PLAIN, *PARAMS], use_tqdm=False)
+        outputs += llm.generate(PROMPTS, PLAIN, use_tqdm=False)
+        llm.close()
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    assert tokens(2) == tokens(1)
+
+
+def assert_close_logprobs(actual: Any, expected: Any) -> None:
+    assert (actual is None) == (expected is None)
+    for ours, theirs in zip(actual or (), expected or (), strict=True):
+        assert (ours is None) == (theirs is None)
+        assert list(ours or ()) == list(theirs or ())
+        for token_id in ours or ():
+            assert ours[token_id].logprob == pytest.approx(theirs[token_id].logprob, abs=1e-4)
+
+
+def test_prompt_logprobs_are_of_the_whole_vocabulary(toys) -> None:
+    params = SamplingParams(max_tokens=2, temperature=0.0, prompt_logprobs=3, ignore_eos=True)
+    alone = make(toys["llama"], 1).generate(PROMPTS, params, use_tqdm=False)
+    llm = make(toys["llama"], 2)
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    llm.close()
+    for output, expected in zip(outputs, alone, strict=True):
+        assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+        assert_close_logprobs(output.prompt_logprobs, expected.prompt_logprobs)
+
+
+def test_equal_tokens_of_two_processes_go_to_the_lowest_id(toys, tmp_path) -> None:
+    """Token 128 + i, of rank 1, has the logits of token i, of rank 0."""
+    model = tmp_path / "ties"
+    shutil.copytree(toys["mistral"], model)
+    tensors = load_file(model / "model.safetensors")
+    head = tensors["lm_head.weight"]
+    head[128:] = head[: len(head) - 128]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    params = [GREEDY, GREEDY, *PLAIN[1:3]]
+    expected = answers(make(model, 1), params)
+    assert answers(make(model, 2), params) == expected
+    first, second, *random = [tokens for tokens, _ in expected[:4]]
+    assert min(*first, *second) < len(head) - 128, "no token had an equal"
+    assert max(*first, *second) < 128 <= max(map(max, random))
 
 
 def test_random_weights_are_those_of_one_process(toys) -> None:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from folovllm.kernels import random as torch_kernels
+from folovllm.model.ranks import Ranks
 from folovllm.request import Request, SamplingParams
 from folovllm.sampling.sampler import Sampler
 
@@ -80,6 +82,36 @@ def test_triton_chooses_the_tokens_that_torch_chooses(cuda, num_rows, vocab, dty
     assert_same_up_to_near_ties(logits, noise, expected[0], actual[0])
     greedy = fused_sampling.choose_tokens(logits)
     assert torch.equal(greedy[0].cpu(), logits.cpu().float().max(dim=-1).indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 4])
+def test_parts_of_the_vocabulary_choose_what_the_whole_does(cuda, size, dtype):
+    """In a graph, as captured steps of processes that share a model do; 4 parts are padded."""
+    from folovllm.kernels import fused_sampling
+
+    logits = make_logits(33, VOCAB, dtype, cuda)
+    temperatures = torch.tensor([1.0, 0.0, 0.6], device=cuda).repeat(11)
+    noise = (temperatures, *rows_on(cuda, 33))
+    num_columns = Ranks(0, size).share_of_vocab(VOCAB)
+    padded = F.pad(logits, (0, size * num_columns - VOCAB), value=-torch.inf)
+
+    def choose(*noise):
+        candidates = [
+            fused_sampling.best_candidates(part, index * num_columns, *noise)
+            for index, part in enumerate(padded.split(num_columns, dim=1))
+        ]
+        return torch_kernels.choices_of(torch.stack(candidates).amax(dim=0))
+
+    for rules in ((), noise):
+        expected = fused_sampling.choose_tokens(logits, *rules)
+        assert torch.equal(choose(*rules), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = choose(*rules)
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
 
 
 def test_tokens_do_not_depend_on_batch_size_or_order(cuda):

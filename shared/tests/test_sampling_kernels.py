@@ -42,6 +42,11 @@ for name, tensor in given.items():
         result[name] = fused_sampling.choose_tokens(tensor[::2, :-5])
     elif kind == "transposed":
         result[name] = fused_sampling.choose_tokens(tensor.t())
+    elif kind == "candidates":
+        result[name] = fused_sampling.best_candidates(tensor, int(case.split()[-1]))
+    elif kind == "noisy candidates":
+        args = given["temperatures"], given["seeds"], given["positions"]
+        result[name] = fused_sampling.best_candidates(tensor, int(case.split()[-1]), *args)
 np.savez(sys.argv[2], **{name: tensor.numpy() for name, tensor in result.items()})
 """
 
@@ -67,6 +72,13 @@ def kernel_inputs():
     ties = torch.randint(0, 3, (7, 4099), generator=generator).float()
     ties[1] = 0
     inputs |= {"random:broken": broken, "greedy:broken": broken, "greedy:ties": ties}
+    near_zero = torch.tensor([-1e-45, -0.0, 0.0, 1e-45, -1.0, 3e38, -torch.inf])[:, None]
+    for first_token in (0, 64, 75968):
+        for case, logits in (("broken", broken), ("ties", ties), ("near zero", near_zero)):
+            inputs[f"candidates:{case} {first_token}"] = logits
+        inputs[f"candidates:halves {first_token}"] = broken.half()
+        inputs[f"noisy candidates:broken {first_token}"] = broken
+        inputs[f"noisy candidates:random {first_token}"] = inputs["random:half 6151"]
     inputs["strided:"] = torch.randn(6, 3001, generator=generator)
     inputs["transposed:"] = torch.randn(2500, 3, generator=generator)
     return inputs
@@ -79,6 +91,11 @@ def torch_result(name, inputs):
     if kind == "random":
         args = inputs["temperatures"], SEEDS, POSITIONS
         return torch_kernels.choose_tokens(inputs[name], *args)
+    if kind == "candidates":
+        return torch_kernels.best_candidates(inputs[name], int(case.split()[-1]))
+    if kind == "noisy candidates":
+        args = inputs["temperatures"], SEEDS, POSITIONS
+        return torch_kernels.best_candidates(inputs[name], int(case.split()[-1]), *args)
     views = {"strided": lambda x: x[::2, :-5], "transposed": torch.Tensor.t}
     return torch_kernels.choose_tokens(views.get(kind, lambda x: x)(inputs[name]))
 
@@ -152,12 +169,37 @@ def test_triton_random_words_equal_torch_bit_for_bit(interpreted, size):
     assert torch.equal(interpreted[f"words:{size}"], torch_result(f"words:{size}", {}))
 
 
-@pytest.mark.parametrize("name", [n for n in kernel_inputs() if ":" in n and "words" not in n])
+CHOICES = [n for n in kernel_inputs() if n.split(":")[0] in ("random", "greedy", "strided")]
+
+
+@pytest.mark.parametrize("name", [*CHOICES, "transposed:"])
 def test_triton_chooses_the_tokens_that_torch_chooses(interpreted, name):
     expected = torch_result(name, kernel_inputs())
     assert torch.equal(interpreted[name][1], expected[1])
     valid = expected[1].bool()
     assert torch.equal(interpreted[name][0][valid], expected[0][valid])
+
+
+@pytest.mark.parametrize("name", [n for n in kernel_inputs() if "candidates" in n])
+def test_triton_offers_the_candidates_that_torch_offers(interpreted, name):
+    """With noise their scores differ by what logarithms do."""
+    expected, actual = torch_result(name, kernel_inputs()), interpreted[name]
+    if "noisy" not in name:
+        assert torch.equal(actual, expected)
+        return
+    assert torch.equal(torch_kernels.choices_of(actual), torch_kernels.choices_of(expected))
+    scores = [score_of(candidates) for candidates in (actual, expected)]
+    torch.testing.assert_close(*scores, rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
+def score_of(candidates):
+    score = (candidates >> 32).to(torch.int32)
+    return (score ^ ((score >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def test_words_of_a_run_of_tokens_are_those_of_the_whole():
+    whole = torch_kernels.random_words(SEEDS, POSITIONS, 300)
+    assert torch.equal(torch_kernels.random_words(SEEDS, POSITIONS, 99, 64), whole[:, 64:163])
 
 
 def test_rows_with_nan_or_nothing_above_minus_infinity_are_invalid(interpreted):
@@ -183,3 +225,6 @@ def test_cuda_gets_the_triton_kernel_and_cpu_the_torch_one():
     select = torch_kernels.select_choose_tokens
     assert select(torch.device("cpu")) is torch_kernels.choose_tokens
     assert select(torch.device("cuda")) is fused_sampling.choose_tokens
+    select_best = torch_kernels.select_best_candidates
+    assert select_best(torch.device("cpu")) is torch_kernels.best_candidates
+    assert select_best(torch.device("cuda")) is fused_sampling.best_candidates

@@ -42,21 +42,23 @@ def _best_of_slice_kernel(
     best_ptr,
     best_id_ptr,
     row_stride,
-    vocab_size,
+    num_tokens,
+    first_group,
     WITH_NOISE: tl.constexpr,
     SLICE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     slice_idx = tl.program_id(1)
-    token_ids = slice_idx * SLICE + tl.arange(0, SLICE)
-    mask = token_ids < vocab_size
-    logits = tl.load(logits_ptr + row * row_stride + token_ids, mask=mask, other=-float("inf"))
+    columns = slice_idx * SLICE + tl.arange(0, SLICE)
+    mask = columns < num_tokens
+    logits = tl.load(logits_ptr + row * row_stride + columns, mask=mask, other=-float("inf"))
     logits = logits.to(tl.float32)
     if WITH_NOISE:
         temperature = tl.load(temperatures_ptr + row)
         if temperature > 0:
             seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
-            words = _random_words(seed, position, slice_idx * (SLICE // 4), SLICE // 4)
+            group = first_group + slice_idx * (SLICE // 4)
+            words = _random_words(seed, position, group, SLICE // 4)
             logits = logits + temperature * _gumbel_from_words(words)
     # What a comparison makes of NaN depends on the order of the reduction: count them apart.
     is_nan = logits != logits
@@ -68,10 +70,8 @@ def _best_of_slice_kernel(
 
 
 @triton.jit
-def _best_of_row_kernel(
-    best_ptr, best_id_ptr, choices_ptr, num_rows, num_slices, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
+def _best_of_row(best_ptr, best_id_ptr, row, num_slices, BLOCK: tl.constexpr):
+    """The largest of a row's slices, the first column that has it, and whether there is a NaN."""
     slices = tl.arange(0, BLOCK)
     best = tl.load(
         best_ptr + row * num_slices + slices, mask=slices < num_slices, other=-float("inf")
@@ -80,10 +80,30 @@ def _best_of_row_kernel(
     best = tl.where(best != best, -float("inf"), best)
     # Slices are in the order of token ids, so the leftmost of equals has the lowest id.
     value, slice_idx = tl.max(best, axis=0, return_indices=True)
-    token_id = tl.load(best_id_ptr + row * num_slices + slice_idx)
+    column = tl.load(best_id_ptr + row * num_slices + slice_idx)
+    return value, column.to(tl.int64), has_nan
+
+
+@triton.jit
+def _choice_kernel(best_ptr, best_id_ptr, choices_ptr, num_rows, num_slices, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    value, token_id, has_nan = _best_of_row(best_ptr, best_id_ptr, row, num_slices, BLOCK)
     is_valid = (value > -float("inf")) & (has_nan == 0)
-    tl.store(choices_ptr + row, token_id.to(tl.int64))
+    tl.store(choices_ptr + row, token_id)
     tl.store(choices_ptr + num_rows + row, is_valid.to(tl.int64))
+
+
+@triton.jit
+def _candidate_kernel(
+    best_ptr, best_id_ptr, candidates_ptr, first_token, num_slices, BLOCK: tl.constexpr
+):
+    """See `random.best_candidates` for what a candidate is."""
+    row = tl.program_id(0).to(tl.int64)
+    value, column, has_nan = _best_of_row(best_ptr, best_id_ptr, row, num_slices, BLOCK)
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
+    score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    candidate = (score << 32) | (0xFFFFFFFF - (first_token + column))
+    tl.store(candidates_ptr + row, tl.where(has_nan, 0x7FFFFFFFFFFFFFFF, candidate))
 
 
 @triton.jit
@@ -114,27 +134,61 @@ def choose_tokens(
 
     Launches and sizes depend on shapes alone, so a CUDA graph can capture it.
     """
-    num_rows, vocab_size = logits.shape
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    num_slices = triton.cdiv(vocab_size, _SLICE)
-    best = torch.empty((num_rows, num_slices), dtype=torch.float32, device=logits.device)
-    best_ids = torch.empty((num_rows, num_slices), dtype=torch.int32, device=logits.device)
+    num_rows = len(logits)
     choices = torch.empty((2, num_rows), dtype=torch.int64, device=logits.device)
     if num_rows == 0:
         return choices
+    best, columns = _best_of_slices(logits, 0, temperatures, seeds, positions)
+    num_slices = best.shape[1]
+    block = triton.next_power_of_2(num_slices)
+    _choice_kernel[(num_rows,)](best, columns, choices, num_rows, num_slices, BLOCK=block)
+    return choices
+
+
+def best_candidates(
+    logits: torch.Tensor,
+    first_token: int,
+    temperatures: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Twin of `random.best_candidates`; otherwise like `choose_tokens`."""
+    num_rows = len(logits)
+    candidates = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    if num_rows == 0:
+        return candidates
+    best, columns = _best_of_slices(logits, first_token, temperatures, seeds, positions)
+    num_slices = best.shape[1]
+    block = triton.next_power_of_2(num_slices)
+    _candidate_kernel[(num_rows,)](best, columns, candidates, first_token, num_slices, BLOCK=block)
+    return candidates
+
+
+def _best_of_slices(
+    logits: torch.Tensor,
+    first_token: int,
+    temperatures: torch.Tensor | None,
+    seeds: torch.Tensor | None,
+    positions: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[num_rows, num_slices]: the largest of each slice with its noise, and its column."""
+    num_rows, num_tokens = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    num_slices = triton.cdiv(num_tokens, _SLICE)
+    best = torch.empty((num_rows, num_slices), dtype=torch.float32, device=logits.device)
+    columns = torch.empty((num_rows, num_slices), dtype=torch.int32, device=logits.device)
     _best_of_slice_kernel[(num_rows, num_slices)](
         logits,
         temperatures,
         seeds,
         positions,
         best,
-        best_ids,
+        columns,
         logits.stride(0),
-        vocab_size,
+        num_tokens,
+        first_token // 4,
         WITH_NOISE=temperatures is not None,
         SLICE=_SLICE,
     )
-    block = triton.next_power_of_2(num_slices)
-    _best_of_row_kernel[(num_rows,)](best, best_ids, choices, num_rows, num_slices, BLOCK=block)
-    return choices
+    return best, columns

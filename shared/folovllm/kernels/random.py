@@ -19,6 +19,9 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _NUM_ROUNDS = 10
 _MAX_GROUPS_AT_ONCE = 1 << 16
 """Counters per batch of rows: keeps the int64 temporaries (512 KiB each) near the caches."""
+_NAN_CANDIDATE = (1 << 63) - 1
+_NO_CANDIDATE = (-0x7F800001 << 32) | _MASK
+"""The largest with a score of -inf."""
 
 
 def philox_4x32(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -39,17 +42,20 @@ def philox_4x32(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[to
     return list(torch.broadcast_tensors(c0, c1, c2, c3))
 
 
-def random_words(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Return [num_rows, vocab_size] int64 in [0, 2^32): the random word of every token.
+def random_words(
+    seeds: torch.Tensor, positions: torch.Tensor, num_tokens: int, first_token: int = 0
+) -> torch.Tensor:
+    """Return [num_rows, num_tokens] int64 in [0, 2^32): the random words of a run of tokens.
 
     seeds: [num_rows] int64, the 64 bits of each row's seed; positions: [num_rows] int64 in
-    [0, 2^32), index of the output token that each row is about to choose.
+    [0, 2^32), index of the output token that each row is about to choose; first_token: id of the
+    first of these tokens, a multiple of 4.
     """
-    groups = torch.arange(-(-vocab_size // 4), device=seeds.device)[None, :]
+    groups = torch.arange(-(-num_tokens // 4), device=seeds.device)[None, :] + first_token // 4
     zero = torch.zeros((), dtype=torch.int64, device=seeds.device)
     key = [seeds[:, None] & _MASK, (seeds[:, None] >> 32) & _MASK]
     words = philox_4x32([groups, positions[:, None], zero, zero], key)
-    return torch.stack(words, dim=-1).flatten(1)[:, :vocab_size]
+    return torch.stack(words, dim=-1).flatten(1)[:, :num_tokens]
 
 
 def gumbel_from_words(words: torch.Tensor) -> torch.Tensor:
@@ -82,17 +88,72 @@ def choose_tokens(
     logits: [num_rows, vocab_size], any float dtype; temperatures: [num_rows] float32; seeds and
     positions as in `random_words`. Without these three every row is greedy.
     """
+    best, token_ids = _best_of_rows(logits, 0, temperatures, seeds, positions)
+    return torch.stack((token_ids, (best > -torch.inf).to(torch.int64)))
+
+
+def best_candidates(
+    logits: torch.Tensor,
+    first_token: int,
+    temperatures: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return [num_rows] int64: what a part of the vocabulary has to offer to each row.
+
+    Of the candidates of several parts the largest is what `choose_tokens` would choose among all
+    of their tokens; `choices_of` reads it. logits: [num_rows, num_tokens], of the tokens from
+    first_token on, a multiple of 4; the rest as for `choose_tokens`.
+
+    The upper 32 bits are the score (logit and noise in float32) as an integer that is in the same
+    order, the lower ones are larger for lower ids. A row with NaN has the largest of all numbers.
+    """
+    best, places = _best_of_rows(logits, first_token, temperatures, seeds, positions)
+    bits = (best.to(torch.float32) + 0.0).view(torch.int32)  # 0 and -0 are equal
+    # The larger the bits of a negative number without its sign, the smaller it is.
+    score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    candidates = (score << 32) | (_MASK - (first_token + places))
+    return candidates.masked_fill_(best.isnan(), _NAN_CANDIDATE)
+
+
+def choices_of(candidates: torch.Tensor) -> torch.Tensor:
+    """Return what `choose_tokens` does, [2, num_rows] int64, from [num_rows] candidates."""
+    is_valid = (candidates > _NO_CANDIDATE) & (candidates < _NAN_CANDIDATE)
+    return torch.stack((_MASK - (candidates & _MASK), is_valid.to(torch.int64)))
+
+
+def _best_of_rows(
+    logits: torch.Tensor,
+    first_token: int,
+    temperatures: torch.Tensor | None,
+    seeds: torch.Tensor | None,
+    positions: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest of each row with its noise, and the first column that has it."""
     if temperatures is not None and seeds is not None and positions is not None:
         logits = logits.to(torch.float32, copy=True)
         is_random = temperatures.nonzero().flatten()
         rows_at_once = max(1, _MAX_GROUPS_AT_ONCE * 4 // logits.shape[1])
         for rows in is_random.split(rows_at_once):
-            words = random_words(seeds[rows], positions[rows], logits.shape[1])
+            words = random_words(seeds[rows], positions[rows], logits.shape[1], first_token)
             noise = gumbel_from_words(words).mul_(temperatures[rows, None])
             logits.index_add_(0, rows, noise)
     # Both torch.max and torch.argmax promise the first index among equals; max shows NaN too.
-    best, token_ids = logits.max(dim=-1)
-    return torch.stack((token_ids, (best > -torch.inf).to(torch.int64)))
+    best, places = logits.max(dim=-1)
+    return best, places
+
+
+class BestCandidatesFn(Protocol):
+    """`best_candidates` or its twin."""
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        first_token: int,
+        temperatures: torch.Tensor | None = None,
+        seeds: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
 
 
 class ChooseTokensFn(Protocol):
@@ -115,3 +176,12 @@ def select_choose_tokens(device: torch.device) -> ChooseTokensFn:
 
         return fused_sampling.choose_tokens
     return choose_tokens
+
+
+def select_best_candidates(device: torch.device) -> BestCandidatesFn:
+    """Likewise."""
+    if device.type == "cuda":
+        from . import fused_sampling
+
+        return fused_sampling.best_candidates
+    return best_candidates

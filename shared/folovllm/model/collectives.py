@@ -20,6 +20,9 @@ class Collectives(Protocol):
     def gather_columns(self, x: torch.Tensor) -> torch.Tensor:
         """x: [num_rows, n] on each rank; result: [num_rows, size * n], ranks in their order."""
 
+    def largest(self, numbers: torch.Tensor) -> torch.Tensor:
+        """numbers: [n] int64 on each rank; the largest of each place; may be `numbers` itself."""
+
     def least(self, number: int) -> int:
         """The smallest of what the ranks give."""
 
@@ -35,6 +38,9 @@ class Alone:
 
     def gather_columns(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+    def largest(self, numbers: torch.Tensor) -> torch.Tensor:
+        return numbers
 
     def least(self, number: int) -> int:
         return number
@@ -56,6 +62,10 @@ class ProcessGroup:
         parts = [x.new_empty(x.shape) for _ in range(self.ranks.size)]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts, dim=1)
+
+    def largest(self, numbers: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return numbers
 
     def least(self, number: int) -> int:
         tensor = torch.tensor(number, dtype=torch.int64, device=self._device)

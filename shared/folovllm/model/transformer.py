@@ -20,6 +20,7 @@ from ..kernels.selection import Kernels
 from .collectives import Alone, Collectives
 from .config import ModelConfig
 from .linear import PLAIN, Linear, LinearFactory, Linears, Part
+from .logits_parts import LogitsParts
 from .parallel_linear import input_parallel
 from .rope import RotaryTable
 
@@ -158,6 +159,10 @@ class CausalLM:
         self.config, self.kernels, self.dtype, self.device = config, kernels, dtype, device
         self.vocab_part = ranks.vocab_part(config.vocab_size)
         """The tokens whose embeddings and logits are computed here."""
+        self.logits_parts: LogitsParts | None = None
+        """Of several processes: how those of all become one."""
+        if ranks.size > 1:
+            self.logits_parts = LogitsParts(config.vocab_size, device, self.collectives)
         table = ranks.share_of_vocab(config.vocab_size), config.hidden_size
         self.embed_tokens = like.new_empty(table)
         output_linear = input_parallel(linears.of_layers, self.collectives)
@@ -200,14 +205,23 @@ class CausalLM:
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden: [num_rows, hidden_size]; result: [num_rows, vocab_size] in the model's dtype.
 
-        The result is written to `out` if that is given, a tensor of its shape.
+        Of several processes each one's part, [num_rows, logits_parts.num_columns]. The result is
+        written to `out` if that is given, a tensor of its shape.
         """
-        is_table = isinstance(self.lm_head, torch.Tensor)
-        if is_table and self.collectives.ranks.size == 1:
-            return torch.mm(hidden, self.lm_head.t(), out=out)
-        part = torch.mm(hidden, self.lm_head.t()) if is_table else self.lm_head(hidden)
-        logits = self.collectives.gather_columns(part)[:, : self.config.vocab_size]
-        return logits.contiguous() if out is None else out.copy_(logits)
+        if isinstance(self.lm_head, torch.Tensor):
+            logits = torch.mm(hidden, self.lm_head.t(), out=out)
+        else:
+            logits = self.lm_head(hidden)
+            logits = logits if out is None else out.copy_(logits)
+        num_tokens = self.vocab_part.stop - self.vocab_part.start
+        if num_tokens < logits.shape[1]:
+            logits[:, num_tokens:] = -torch.inf  # of no token: never the largest
+        return logits
+
+    def compute_all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_rows, vocab_size] in each process."""
+        logits = self.compute_logits(hidden)
+        return logits if self.logits_parts is None else self.logits_parts.gather(logits)
 
     def named_members(self) -> Iterator[tuple[str, Any]]:
         """(dotted name, tensor or LinearLayer), in order; tied embeddings come once."""

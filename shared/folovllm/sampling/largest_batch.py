@@ -20,5 +20,5 @@ def run_largest_sampling(sampler: Sampler, num_rows: int, dtype: torch.dtype) ->
         Request(request_id=f"profile-{row}", prompt_token_ids=[0], sampling_params=params)
         for row in range(num_rows)
     ]
-    logits = torch.randn(num_rows, sampler.vocab_size, device=sampler.device).to(dtype)
+    logits = torch.randn(num_rows, sampler.num_columns, device=sampler.device).to(dtype)
     sampler.sample(logits, sampler.prepare(requests)).to_host()

@@ -15,12 +15,13 @@ A plain batch (steps 4 and 6 alone) copies and edits nothing: the kernel reads t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from ..interfaces import SamplerOutput, TokenLogprobs
-from ..kernels.random import select_choose_tokens
+from ..kernels.random import ChooseTokensFn, select_choose_tokens
 from ..request import Request
 from .logprobs import Logprobs
 from .prompt_logprobs import PromptLogprobs
@@ -114,6 +115,16 @@ class TokensOnTheWay:
         return SamplerOutput(token_ids, logprobs)
 
 
+class LogitsParts(Protocol):
+    """Of logits whose columns several processes share; see the model's."""
+
+    @property
+    def num_columns(self) -> int: ...
+    @property
+    def choose_tokens(self) -> ChooseTokensFn: ...
+    def gather(self, logits: torch.Tensor) -> torch.Tensor: ...
+
+
 class Sampler:
     """Turns logits into tokens; it may see requests in any order, and any of them in any step.
 
@@ -121,9 +132,20 @@ class Sampler:
     penalties, brought up to date from the request itself.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, vocab_size: int, device: torch.device, parts: LogitsParts | None = None
+    ) -> None:
+        """parts: where this process computes some columns of the logits, and others the rest."""
         self.vocab_size = vocab_size
         self.device = device
+        self._parts = parts
+        choose_from_all = select_choose_tokens(device)
+        self.choose_tokens: ChooseTokensFn = (
+            choose_from_all if parts is None else parts.choose_tokens
+        )
+        """Greedily or by temperature alone; what a captured graph calls."""
+        self.num_columns = vocab_size if parts is None else parts.num_columns
+        """Of the logits that this process computes."""
         self._history = TokenHistory(device)
         self._masks = TokenMasks(vocab_size)
 
@@ -195,18 +217,22 @@ class Sampler:
         return SamplingTensors.collect_noise(requests)
 
     def sample(self, logits: torch.Tensor, tensors: SamplingTensors) -> SampledTokens:
-        """Choose a token per row of logits [num_rows, vocab_size], of any float dtype.
+        """Choose a token per row of logits [num_rows, num_columns], of any float dtype.
 
         Does not change `logits`, nor wait for the device.
         """
-        if logits.shape != (tensors.num_rows, self.vocab_size):
+        if logits.shape != (tensors.num_rows, self.num_columns):
             raise ValueError(
                 f"logits are {tuple(logits.shape)}, but the prepared batch has {tensors.num_rows} "
-                f"rows over {self.vocab_size} tokens; prepare() the requests of these rows"
+                f"rows over {self.num_columns} tokens; prepare() the requests of these rows"
             )
+        choose_tokens = self.choose_tokens
+        if self._parts is not None and not tensors.has_only_temperature:
+            # The processes have the same requests, so all of them come here or none.
+            logits = self._parts.gather(logits)
+            choose_tokens = select_choose_tokens(logits.device)
         edited = tensors.edit(logits)
         noise = tensors.noise
-        choose_tokens = select_choose_tokens(logits.device)
         if noise is None:
             choices = choose_tokens(edited)
         else:

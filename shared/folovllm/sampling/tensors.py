@@ -121,16 +121,28 @@ class SamplingTensors:
         temperatures = [p.temperature for p in params]
         return Noise.collect(requests, temperatures) if any(temperatures) else []
 
+    @property
+    def has_only_temperature(self) -> bool:
+        """Nothing but the largest logit, with its noise, is wanted of any row."""
+        return not self._has_edits and self.logprobs is None
+
+    @property
+    def _has_edits(self) -> bool:
+        return any((*self._processors, self.few_candidates, self.all_candidates))
+
+    @property
+    def _processors(self) -> tuple[Any, ...]:
+        return self.mask, self.bias, self.repetition, self.output_penalties, self.min_p
+
     def edit(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the logits [num_rows, vocab_size] that tokens are drawn from, less temperature.
 
         A float32 copy after mask, bias, penalties and filters; `logits` itself if no row asks.
         """
-        edits = (self.mask, self.bias, self.repetition, self.output_penalties, self.min_p)
-        if not any((*edits, self.few_candidates, self.all_candidates)):
+        if not self._has_edits:
             return logits
         edited = logits.to(torch.float32, copy=True)
-        for processor in edits:
+        for processor in self._processors:
             if processor is not None:
                 processor.apply_(edited)
         if self.few_candidates is not None:
