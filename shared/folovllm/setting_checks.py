@@ -10,6 +10,8 @@ from typing import Any, get_args, get_type_hints
 
 def is_int(value: object) -> bool:
     """Whole numbers, numpy's among them; True and False are none."""
+    if type(value) is int:  # to ask an abstract class takes ten times as long
+        return True
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -84,4 +86,6 @@ def _describe(declared: type) -> str:
 
 
 def _is_number(value: object) -> bool:
+    if type(value) is float:
+        return True
     return isinstance(value, Real) and not isinstance(value, bool)

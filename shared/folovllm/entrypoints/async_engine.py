@@ -93,7 +93,10 @@ class AsyncEngine:
         """
         answers = [self._submit(stream) for stream in streams]
         try:
-            await asyncio.gather(*answers)
+            if len(answers) == 1:
+                await answers[0]
+            else:
+                await asyncio.gather(*answers)
         except BaseException:
             for stream in streams:
                 stream.close()

@@ -7,10 +7,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import pydantic_core
-from fastapi import FastAPI, Request, Response
 from pydantic import ValidationError
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from ...hardware import package_version
 from ..async_stream import EngineDeadError
@@ -27,9 +28,9 @@ _CLIENT_GONE = 499
 """nginx's status for nobody to read it."""
 
 
-def make_app(service: Service, metrics: EngineMetrics, settings: ServerSettings) -> FastAPI:
+def make_app(service: Service, metrics: EngineMetrics, settings: ServerSettings) -> Starlette:
     """The application; nothing of it is logged but what fails."""
-    app = FastAPI(title="FoloVLLM", docs_url=None, redoc_url=None, openapi_url=None)
+    app = Starlette()
     doors = Doors(settings)
     created = int(time.time())
 

@@ -4,8 +4,8 @@ import re
 from typing import Any
 
 import msgspec
-from fastapi import Response
 from pydantic import ValidationError
+from starlette.responses import Response
 
 RETRY_AFTER_S = 1
 

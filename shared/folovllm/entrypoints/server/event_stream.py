@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from fastapi import Response
+from starlette.responses import Response
 
 from .delivery import Delivery, EventSource, Send
 
@@ -69,17 +69,48 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -
 
     The body of the call must have been received.
     """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_until_gone(receive))
+    guard = _Guard(receive)
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
+        return await work
+    except asyncio.CancelledError:
+        if guard.was_it():
+            raise ClientGone from None
+        raise
     finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        guard.close()
+
+
+class _Guard:
+    """Cancels the task that made it when the client goes, as `asyncio.timeout` does it by a clock.
+
+    The task itself works: one of its own for that, and one that waits for either, would cost a
+    call a twentieth of a millisecond, twice.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # coroutines run in tasks
+        self._task = task
+        self._num_cancelled = task.cancelling()
+        self._has_cancelled = False
+        self._is_closed = False
+        self._leaving = asyncio.ensure_future(_until_gone(receive))
+        self._leaving.add_done_callback(self._on_left)
+
+    def was_it(self) -> bool:
+        """Whether the client's going, and nobody else, cancelled the task; it may go on then."""
+        return self._has_cancelled and self._task.uncancel() <= self._num_cancelled
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._leaving.cancel()
+
+    def _on_left(self, leaving: asyncio.Future[None]) -> None:
+        if not leaving.cancelled():
+            leaving.exception()  # a connection that fails is gone
+        if not self._is_closed:
+            self._has_cancelled = True
+            self._task.cancel()
 
 
 async def _until_gone(receive: Receive) -> None:

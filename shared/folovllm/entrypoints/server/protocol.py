@@ -13,12 +13,12 @@ from .settings import ServerSettings
 Count = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 62)]
 
-_TAKEN_OVER = (
+_TAKEN_OVER = frozenset((
     "n", "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "seed", "stop", "stop_token_ids",
     "allowed_token_ids", "bad_words", "include_stop_str_in_output", "ignore_eos",
     "skip_special_tokens", "truncate_prompt_tokens", "prompt_logprobs",
-)  # fmt: skip
+))  # fmt: skip
 """Fields that SamplingParams has under the same name."""
 
 
@@ -136,7 +136,8 @@ class GenerationBody(Body):
 
     def _given(self) -> dict[str, Any]:
         """Fields of SamplingParams that have the same name here, as far as they were given."""
-        return {name: value for name in _TAKEN_OVER if (value := getattr(self, name)) is not None}
+        names = _TAKEN_OVER & self.model_fields_set
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def _structure(self) -> StructuredOutputsParams | None:
         wanted = None

@@ -132,6 +132,7 @@ def server_config(app: Any) -> uvicorn.Config:
         with_direct_send(app),
         lifespan="off",
         access_log=False,
+        proxy_headers=False,  # nobody asks where a call came from
         log_level="warning",
         timeout_graceful_shutdown=_LAST_ANSWERS_S,
     )

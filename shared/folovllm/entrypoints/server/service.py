@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
-from fastapi import Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from ...sampling_params import SamplingParams
 from ...text.tokenizer import Tokenizer

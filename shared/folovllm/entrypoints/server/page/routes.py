@@ -6,8 +6,9 @@ import ipaddress
 from importlib.resources import files
 from typing import Literal
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
 
 from ..app import Doors, answering
 from ..errors import ApiError
@@ -29,7 +30,7 @@ class ControlBody(Body):
     action: Literal["pause", "step", "resume"]
 
 
-def add_page(app: FastAPI, service: Service, stage: str, settings: ServerSettings) -> LiveView:
+def add_page(app: Starlette, service: Service, stage: str, settings: ServerSettings) -> LiveView:
     """Add `GET /`, `GET /page/events` and `POST /page/control` to the server's routes.
 
     stage: the name of its package. Returns who has to be told what the engine does.

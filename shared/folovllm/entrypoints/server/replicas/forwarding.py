@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-from fastapi import Response
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from starlette.responses import Response
 
 from ..errors import ApiError
 from ..event_stream import DONE, ClientGone, Receive, Send, while_connected

@@ -2,12 +2,13 @@
 
 import asyncio
 
-from fastapi import Request, Response
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 
 from ..app import Doors, answering, refuse
