@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from folovllm.entrypoints.async_stream import Bell
 from folovllm.entrypoints.server.delivery import Delivery
-from folovllm.entrypoints.server.errors import ApiError
+from folovllm.entrypoints.server.errors import ApiError, invalid_value
+from folovllm.entrypoints.server.event_stream import ClientGone, while_connected
 from folovllm.entrypoints.server.histogram import BulkHistogram
 from folovllm.entrypoints.server.protocol import ChatBody, CompletionBody
 from folovllm.entrypoints.server.service import Service
@@ -90,6 +91,86 @@ def test_client_that_takes_nothing_is_not_asked_for_and_gets_all_later():
         assert slow_client.bodies == [b"1", b"23"]
 
     asyncio.run(run())
+
+
+class Connection:
+    """Of a client that stays until `leave` is set; `error` is what hearing of it raises."""
+
+    def __init__(self, error=None):
+        self.leave = asyncio.Event()
+        self._error = error
+
+    async def receive(self):
+        await self.leave.wait()
+        if self._error is not None:
+            raise self._error
+        return {"type": "http.disconnect"}
+
+
+class Work:
+    """Lasts until `finish` is set."""
+
+    def __init__(self):
+        self.finish = asyncio.Event()
+        self.was_cancelled = False
+
+    async def run(self):
+        try:
+            await self.finish.wait()
+            return "result"
+        except asyncio.CancelledError:
+            self.was_cancelled = True
+            raise
+
+
+@pytest.mark.parametrize("error", [None, OSError("reset")])
+def test_work_ends_when_its_client_goes_and_the_task_goes_on(error):
+    async def run():
+        connection, work = Connection(error), Work()
+        asyncio.get_running_loop().call_soon(connection.leave.set)
+        with pytest.raises(ClientGone):
+            await while_connected(connection.receive, work.run())
+        assert work.was_cancelled and asyncio.current_task().cancelling() == 0
+        work.finish.set()
+        assert await while_connected(Connection().receive, work.run()) == "result"
+
+    asyncio.run(run())
+
+
+def test_client_that_goes_when_the_work_is_done_cancels_nothing():
+    async def run():
+        connection, work = Connection(), Work()
+        work.finish.set()
+        assert await while_connected(connection.receive, work.run()) == "result"
+        connection.leave.set()
+        await turns()
+        assert asyncio.current_task().cancelling() == 0
+
+    asyncio.run(run())
+
+
+def test_cancelling_the_task_is_not_taken_for_the_client_going():
+    async def run():
+        connection, work = Connection(), Work()
+        task = asyncio.ensure_future(while_connected(connection.receive, work.run()))
+        await turns()
+        task.cancel()
+        connection.leave.set()  # at the same time
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert work.was_cancelled and task.cancelled()
+
+    asyncio.run(run())
+
+
+def test_error_of_a_prompt_names_what_the_prompt_was_made_of():
+    error = ValueError("prompt 0 holds token id 400, but this model's ids are 0 to 399")
+    for body in (ChatBody, CompletionBody):
+        found = invalid_value(error, body.model_fields, body.prompt_field)
+        assert found.content["param"] == {ChatBody: "messages", CompletionBody: "prompt"}[body]
+    error = ValueError("stop_token_ids of prompt 0 holds token id 400")
+    found = invalid_value(error, ChatBody.model_fields, ChatBody.prompt_field)
+    assert found.content["param"] == "stop_token_ids"
 
 
 def test_what_fails_ends_its_own_stream_only():

@@ -57,8 +57,12 @@ def invalid_body(error: ValidationError) -> ApiError:
     return ApiError(400, message, param=param)
 
 
-def invalid_value(error: ValueError, fields: Any) -> ApiError:
-    """Of a setting that the engine cannot follow; its message begins with the field, or not."""
+def invalid_value(error: ValueError, fields: Any, prompt_field: str) -> ApiError:
+    """Of a setting that the engine cannot follow; its message begins with the field, or not.
+
+    prompt_field: what the prompt was made of, which messages call a prompt in every call.
+    """
     message = str(error)
-    named = next((word for word in re.findall(r"\w+", message) if word in fields), None)
-    return ApiError(400, message, param=named)
+    words = re.findall(r"\w+", message)
+    named = next((word for word in words if word == "prompt" or word in fields), None)
+    return ApiError(400, message, param=prompt_field if named == "prompt" else named)

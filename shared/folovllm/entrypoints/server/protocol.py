@@ -1,7 +1,7 @@
 """The fields of every call, as OpenAI and vLLM name them; whatever is not here is refused."""
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -118,6 +118,9 @@ class GenerationBody(Body):
     store: bool | None = None
     service_tier: str | None = None
 
+    prompt_field: ClassVar[str]
+    """The field that the prompt is made of."""
+
     @property
     def num_logprobs(self) -> int | None:
         raise NotImplementedError
@@ -175,6 +178,8 @@ class GenerationBody(Body):
 
 class CompletionBody(GenerationBody):
     """Of /v1/completions."""
+
+    prompt_field = "prompt"
 
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool | None = None
@@ -241,6 +246,8 @@ class ConversationBody(Body):
 
 class ChatBody(ConversationBody, GenerationBody):
     """Of /v1/chat/completions."""
+
+    prompt_field = "messages"
 
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None

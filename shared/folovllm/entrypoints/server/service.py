@@ -15,7 +15,7 @@ from ...text.tokenizer import Tokenizer
 from ..async_llm import AsyncLLM
 from ..async_stream import AsyncOutputStream, QueueFullError
 from ..outputs import RequestOutputKind
-from ..prompts import Prompt, PromptInput, split_prompts
+from ..prompts import Prompt, PromptInput, check_token_ids, split_prompts
 from .answers import Answer, Shape
 from .chat_shape import ChatShape
 from .chunked_answer import ChunkedAnswer
@@ -117,7 +117,7 @@ class Service:
         try:
             params = body.sampling_params(defaults, self._settings)
         except ValueError as error:
-            raise invalid_value(error, type(body).model_fields) from error
+            raise _invalid_value(error, body) from error
         if num_prompts * params.n > self._settings.max_n:
             raise ApiError(
                 400,
@@ -180,7 +180,7 @@ class Service:
         except QueueFullError as error:
             raise ApiError(429, str(error), kind="rate_limit_error") from error
         except ValueError as error:
-            raise invalid_value(error, type(body).model_fields) from error
+            raise _invalid_value(error, body) from error
         except ImportError as error:
             raise ApiError(400, str(error), param="structured_outputs") from error
 
@@ -205,11 +205,18 @@ class Service:
 
     def _texts(self, prompts: Sequence[Any]) -> list[str]:
         return [
-            prompt
-            if isinstance(prompt, str)
-            else self._tokenizer().decode(prompt, skip_special_tokens=False)
-            for prompt in prompts
+            prompt if isinstance(prompt, str) else self._text(prompt, index)
+            for index, prompt in enumerate(prompts)
         ]
+
+    def _text(self, token_ids: list[int], index: int) -> str:
+        """Of a prompt of ids; ApiError for one that no token has, which a tokenizer cannot take."""
+        try:
+            if token_ids:
+                check_token_ids(f"prompt {index}", token_ids, self.llm.facts.vocab_size)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="prompt") from error
+        return self._tokenizer().decode(token_ids, skip_special_tokens=False)
 
     def _token_text(self, token_id: int) -> str:
         return self._tokenizer().token_text(token_id)
@@ -220,7 +227,7 @@ class Service:
             ids = tokenizer.apply_chat_template(body.messages, body.chat_options())
             return Prompt(None, ids, cache_salt)  # nobody asks for its text
         except ValueError as error:
-            refusal = invalid_value(error, ConversationBody.model_fields)
+            refusal = invalid_value(error, ConversationBody.model_fields, "messages")
             refusal.content["param"] = refusal.content["param"] or "messages"
             raise refusal from error
 
@@ -238,6 +245,10 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+
+
+def _invalid_value(error: ValueError, body: GenerationBody) -> ApiError:
+    return invalid_value(error, type(body).model_fields, body.prompt_field)
 
 
 def json_response(content: Any) -> Response:
