@@ -340,14 +340,19 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     num_per_sm: int
+    step_us: float | None = None
+    """What a step of one wave takes, where parts of a sum are so large that they count too."""
 
+
+_PARTS_BYTES_PER_US = 3e6
+"""Of the parts of a sum that several programs share: each is written and read."""
 
 _TILES = {
     8: Tile(num_rows=8, num_outputs=32, num_warps=2, num_stages=6, num_per_sm=9),
     16: Tile(num_rows=16, num_outputs=128, num_warps=8, num_stages=4, num_per_sm=3),
     32: Tile(num_rows=32, num_outputs=64, num_warps=4, num_stages=6, num_per_sm=3),
-    128: Tile(num_rows=64, num_outputs=64, num_warps=4, num_stages=3, num_per_sm=3),
-    MAX_ROWS: Tile(num_rows=128, num_outputs=64, num_warps=4, num_stages=3, num_per_sm=2),
+    128: Tile(64, num_outputs=64, num_warps=4, num_stages=3, num_per_sm=3, step_us=0.89),
+    MAX_ROWS: Tile(128, num_outputs=64, num_warps=4, num_stages=3, num_per_sm=2, step_us=1.05),
 }
 """By the rows up to which each serves. Of the tiles that were measured on an H200 with the shapes
 of an 8B model (docs/dev/trials/m7_product_ways.py) the best for the four products of a layer
@@ -356,23 +361,16 @@ _FLOAT32_TILE = Tile(num_rows=16, num_outputs=32, num_warps=4, num_stages=2, num
 """For checking tokens: no matrix instruction is exact enough."""
 
 
-def _tile(x: torch.Tensor, num_outputs: int) -> Tile:
-    """With many rows the largest, which share most; or smaller ones, if all have room at a time."""
+def _tile(x: torch.Tensor, weight: PackedWeight) -> Tile:
+    """Of more rows than half of MAX_ROWS, the tile that is faster for the shape."""
     if x.dtype == torch.float32:
         return _FLOAT32_TILE
     tile = next(tile for num_rows, tile in _TILES.items() if len(x) <= num_rows)
-    if tile is _TILES[MAX_ROWS]:
-        smaller = _TILES[MAX_ROWS // 2]
-        num_blocks, _ = _num_blocks(len(x), num_outputs, smaller)
-        if num_blocks <= smaller.num_per_sm * _num_sms(x.device):
-            return smaller
-    return tile
-
-
-def _num_blocks(num_rows: int, num_outputs: int, tile: Tile) -> tuple[int, tuple[int, int]]:
-    """Tiles of a product, and how many lie along its outputs and its rows."""
-    sides = (triton.cdiv(num_outputs, tile.num_outputs), triton.cdiv(num_rows, tile.num_rows))
-    return sides[0] * sides[1], sides
+    if tile is not _TILES[MAX_ROWS]:
+        return tile
+    shape = (len(x), len(weight.scales), weight.num_runs)
+    tiles = (tile, _TILES[MAX_ROWS // 2])
+    return min(tiles, key=lambda tile: _cut(*shape, tile, x.device).cost)
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -381,7 +379,7 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
         x = x.index_select(1, weight.order)
     if len(x) > MAX_ROWS or weight.run < _MIN_DOT:
         return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
-    return multiply(x, weight, bias, _tile(x, len(weight.scales)))
+    return multiply(x, weight, bias, _tile(x, weight))
 
 
 def multiply(
@@ -390,8 +388,7 @@ def multiply(
     """As `linear`, by the kernel and with any tile; x has its inputs in the weight's order."""
     num_rows = len(x)
     num_outputs, num_groups = weight.scales.shape
-    num_blocks, blocks = _num_blocks(num_rows, num_outputs, tile)
-    splits = _num_splits(num_blocks, weight.num_runs, tile, x.device)
+    _, splits, blocks = _cut(num_rows, num_outputs, weight.num_runs, tile, x.device)
     out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
     partial = out
     if splits > 1:
@@ -422,23 +419,35 @@ def multiply(
     return out
 
 
-@lru_cache
-def _num_splits(num_blocks: int, num_steps: int, tile: Tile, device: torch.device) -> int:
-    """How many programs share the inputs of one output.
+class _Cut(NamedTuple):
+    """How programs share a product."""
 
-    Programs run in waves of as many as the device has room for, and every wave takes the steps of
-    one program: the least product of the two, and of equals the fewest that must meet.
-    """
-    room = tile.num_per_sm * _num_sms(device)
-    if num_blocks > room:
-        return 1
-    splits, least = 1, triton.cdiv(num_blocks, room) * num_steps
-    for wanted in range(1, min(_MAX_SPLITS, num_steps // _MIN_STEPS) + 1):
+    cost: float
+    """Steps of a wave, one wave after the other; or µs, where a tile has its `step_us`."""
+    splits: int
+    """Programs that share the inputs of one output."""
+    blocks: tuple[int, int]
+    """Tiles along the outputs, and along the rows."""
+
+
+@lru_cache
+def _cut(num_rows: int, num_outputs: int, num_steps: int, tile: Tile, device: torch.device) -> _Cut:
+    """Programs run in waves of as many as the device has room for, and every wave takes the steps
+    of one program: the least product of the two, and of equals the fewest that must meet."""
+    blocks = (triton.cdiv(num_outputs, tile.num_outputs), triton.cdiv(num_rows, tile.num_rows))
+    num_blocks, room = blocks[0] * blocks[1], tile.num_per_sm * _num_sms(device)
+    most = 1 if num_blocks > room else min(_MAX_SPLITS, max(num_steps // _MIN_STEPS, 1))
+    cuts = []
+    for wanted in range(1, most + 1):
         steps = triton.cdiv(num_steps, wanted)
-        num_programs = num_blocks * triton.cdiv(num_steps, steps)
-        if triton.cdiv(num_programs, room) * steps < least:
-            least, splits = triton.cdiv(num_programs, room) * steps, triton.cdiv(num_steps, steps)
-    return splits
+        splits = triton.cdiv(num_steps, steps)
+        cost = float(triton.cdiv(num_blocks * splits, room) * steps)
+        if tile.step_us is not None:
+            cost *= tile.step_us
+            if splits > 1:
+                cost += splits * num_rows * num_outputs * 8 / _PARTS_BYTES_PER_US
+        cuts.append(_Cut(cost, splits, blocks))
+    return min(cuts, key=lambda cut: (cut.cost, cut.splits))
 
 
 def _most_programs(device: torch.device) -> int:

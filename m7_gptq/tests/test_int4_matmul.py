@@ -132,7 +132,9 @@ def test_inputs_are_shared_when_that_shortens_the_waves_and_nobody_is_left_witho
 ) -> None:
     monkeypatch.setattr(int4_matmul, "_num_sms", lambda device: 132)
     tile = int4_matmul._TILES[16]
-    splits = int4_matmul._num_splits.__wrapped__(num_blocks, num_steps, tile, DEVICE)
+    num_outputs = num_blocks * tile.num_outputs
+    _, splits, blocks = int4_matmul._cut.__wrapped__(16, num_outputs, num_steps, tile, DEVICE)
+    assert blocks == (num_blocks, 1)
     steps = -(-num_steps // splits)
     assert (splits - 1) * steps < num_steps
     room = 132 * tile.num_per_sm
@@ -143,18 +145,27 @@ def test_inputs_are_shared_when_that_shortens_the_waves_and_nobody_is_left_witho
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_outputs", "limit"),
-    [
-        (256, 24576, 256),  # 1,536 of the smaller tiles, and room for 396
-        (256, 6144, 128),
-        (129, 4096, 128),
-        (128, 24576, 128),  # never larger than for so many rows
-        (16, 64, 16),
-    ],
+    ("num_outputs", "num_inputs", "limit", "splits"),
+    [(24576, 4096, 256, 1), (4096, 12288, 256, 2), (6144, 4096, 128, 1), (4096, 4096, 256, 2)],
 )
-def test_many_rows_get_smaller_tiles_if_all_of_them_have_room(
-    monkeypatch, num_rows, num_outputs, limit
+def test_many_rows_get_what_was_fastest_for_the_shapes_of_an_8b_model(
+    monkeypatch, num_outputs, num_inputs, limit, splits
 ) -> None:
+    """On an H200, 256 rows: docs/dev/data/m7_product_ways_h200.json."""
     monkeypatch.setattr(int4_matmul, "_num_sms", lambda device: 132)
-    x = torch.empty(num_rows, 8, dtype=torch.bfloat16)
-    assert int4_matmul._tile(x, num_outputs) is int4_matmul._TILES[limit]
+    x = torch.empty(256, 8, dtype=torch.bfloat16)
+    weight = int4_matmul.PackedWeight(
+        words=torch.empty(num_outputs // 32, num_inputs // 128, 32, 32, device="meta"),
+        scales=torch.empty(num_outputs, num_inputs // 128, device="meta"),
+        zeros=None,
+        order=None,
+        num_arrived=torch.empty(0),
+        group_size=128,
+    )
+    int4_matmul._cut.cache_clear()
+    tile = int4_matmul._tile(x, weight)
+    cut = int4_matmul._cut(256, num_outputs, num_inputs // 128, tile, x.device)
+    int4_matmul._cut.cache_clear()
+    assert tile is int4_matmul._TILES[limit] and cut.splits == splits
+    assert int4_matmul._tile(x[:128], weight) is int4_matmul._TILES[128]
+    assert int4_matmul._tile(x[:16], weight) is int4_matmul._TILES[16]

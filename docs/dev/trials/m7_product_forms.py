@@ -23,7 +23,7 @@ from m7_product_ways import _meet_and_store
 from folovllm.kernels.fused import silu_mul
 from folovllm.kernels.overlap import let_next_start, overlap_options, wait_for_previous
 from m7_gptq import int4_matmul
-from m7_gptq.int4_matmul import PackedWeight, Tile, _num_splits, _weights
+from m7_gptq.int4_matmul import PackedWeight, Tile, _cut, _weights
 
 TILE_OUT = tl.constexpr(32)
 
@@ -142,8 +142,7 @@ def multiply(x, weight, form):
     num_rows = len(x)
     num_outputs, num_groups = weight.scales.shape
     num_words = weight.num_runs * weight.run
-    blocks = (triton.cdiv(num_outputs, tile.num_outputs), triton.cdiv(num_rows, tile.num_rows))
-    splits = _num_splits(blocks[0] * blocks[1], num_words // weight.run, tile, x.device)
+    _, splits, blocks = _cut(num_rows, num_outputs, num_words // weight.run, tile, x.device)
     out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
     part = out
     if splits > 1:
