@@ -79,9 +79,11 @@ def equal_splits(attention: TritonAttention, num_requests: int) -> None:
     attention.split_starts[: num_requests + 1] = starts.to(DEVICE)
 
 
-def measure(name: str, shares: list[tuple[int, int]]) -> dict[str, object]:
+def make_step(
+    shares: Sequence[tuple[int, int]], cache: Cache
+) -> tuple[AttentionMetadata, tuple[torch.Tensor, ...]]:
+    """What attention is told of such a step, and random q, k, v, as they lie in one tensor."""
     seq_lens, query_lens = [c + n for c, n in shares], [n for _, n in shares]
-    cache = Cache(seq_lens)
     starts = [*accumulate(query_lens, initial=0)]
     positions = torch.cat([torch.arange(c, c + n) for c, n in shares]).to(DEVICE)
     rows = torch.repeat_interleave(torch.arange(len(shares)), torch.tensor(query_lens)).to(DEVICE)
@@ -97,7 +99,32 @@ def measure(name: str, shares: list[tuple[int, int]]) -> dict[str, object]:
     )
     heads = (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
     qkv = torch.randn(sum(query_lens), sum(heads), HEAD_DIM, dtype=DTYPE, device=DEVICE)
-    q, k, v = qkv.split(heads, dim=1)
+    return metadata, qkv.split(heads, dim=1)
+
+
+def expected_rows(
+    request: int,
+    shares: Sequence[tuple[int, int]],
+    cache: Cache,
+    q: torch.Tensor,
+) -> tuple[slice, torch.Tensor]:
+    """A request's rows of the output, and what the reference has there, from the first layer.
+
+    The step's own keys must be in the cache: whoever asks has attended once.
+    """
+    starts = [*accumulate((n for _, n in shares), initial=0)]
+    own = slice(starts[request], starts[request + 1])
+    table = cache.tables[request].to(torch.int64)
+    keys, values = (
+        kv[0, table].flatten(0, 1)[: sum(shares[request])] for kv in (cache.keys, cache.values)
+    )
+    return own, causal_attention(q[own], keys, values)
+
+
+def measure(name: str, shares: list[tuple[int, int]]) -> dict[str, object]:
+    seq_lens, query_lens = [c + n for c, n in shares], [n for _, n in shares]
+    cache = Cache(seq_lens)
+    metadata, (q, k, v) = make_step(shares, cache)
     attention = TritonAttention(cache, NUM_HEADS, len(shares))  # type: ignore[arg-type]
 
     def attend(layer_idx: int) -> torch.Tensor:
@@ -114,12 +141,7 @@ def measure(name: str, shares: list[tuple[int, int]]) -> dict[str, object]:
             equal_splits(attention, len(shares))
         out = attend(0)
         for request in (0, len(shares) - 1):
-            table = cache.tables[request].to(torch.int64)
-            keys, values = (
-                kv[0, table].flatten(0, 1)[: seq_lens[request]] for kv in (cache.keys, cache.values)
-            )
-            own = slice(starts[request], starts[request + 1])
-            expected = causal_attention(q[own], keys, values)
+            own, expected = expected_rows(request, shares, cache, q)
             torch.testing.assert_close(out[own], expected, rtol=2e-2, atol=2e-2)
         row[policy] = time_layers(attend, len(cache.keys))
     return row

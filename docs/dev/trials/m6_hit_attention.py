@@ -11,18 +11,16 @@ To time kernels of another commit, put its m4_flash before this one on PYTHONPAT
 import argparse
 import json
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import torch
-from m4_splits import BLOCK_SIZE, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, Cache
+from m4_splits import HEAD_DIM, NUM_HEADS, Cache, expected_rows, make_step
 
 from folovllm.hardware import describe_environment
-from folovllm.kernels.reference import causal_attention
 from m4_flash import flash_attention
 from m4_flash.attention import AttentionMetadata
 from m4_flash.flash_attention import TritonAttention
-from m4_flash.tests.benchmark_attention import DEVICE, DTYPE, time_layers
+from m4_flash.tests.benchmark_attention import DEVICE, time_layers
 
 MIXES = {
     "82 behind 8,110": [(8110, 82)],
@@ -114,31 +112,12 @@ def replace_tiles(tiles: flash_attention._Tiles, variant: Variant) -> flash_atte
 
 def measure(name: str, shares: list[tuple[int, int]], variants: list[Variant]) -> dict[str, object]:
     """Microseconds of a layer by variant."""
-    seq_lens, query_lens = [c + n for c, n in shares], [n for _, n in shares]
-    cache = Cache(seq_lens)
-    starts = [*accumulate(query_lens, initial=0)]
-    positions = torch.cat([torch.arange(c, c + n) for c, n in shares]).to(DEVICE)
-    rows = torch.repeat_interleave(torch.arange(len(shares)), torch.tensor(query_lens)).to(DEVICE)
-    blocks = cache.tables[rows, positions // BLOCK_SIZE].to(torch.int64)
-    metadata = AttentionMetadata(
-        cu_seqlens_q=torch.tensor(starts, dtype=torch.int32, device=DEVICE),
-        seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE),
-        block_tables=cache.tables,
-        slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
-        min_query_len=min(query_lens),
-        max_query_len=max(query_lens),
-        max_seq_len=max(seq_lens),
-    )
-    heads = (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
-    qkv = torch.randn(sum(query_lens), sum(heads), HEAD_DIM, dtype=DTYPE, device=DEVICE)
-    q, k, v = qkv.split(heads, dim=1)
+    cache = Cache([c + n for c, n in shares])
+    metadata, (q, k, v) = make_step(shares, cache)
     first = TritonAttention(cache, NUM_HEADS, len(shares))  # type: ignore[arg-type]
     first.start_step(metadata)
     first.forward(metadata, 0, q, k, v)  # the chunk's own keys and values are in the cache now
-    own = slice(starts[-2], starts[-1])
-    table = cache.tables[-1].to(torch.int64)
-    keys, values = (kv[0, table].flatten(0, 1)[: seq_lens[-1]] for kv in (cache.keys, cache.values))
-    expected = causal_attention(q[own], keys, values)
+    _, expected = expected_rows(len(shares) - 1, shares, cache, q)
     num_pairs = sum(n * c + n * (n + 1) / 2 for c, n in shares)
     row: dict[str, object] = {
         "mix": name,
