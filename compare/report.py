@@ -87,6 +87,7 @@ def _environment(results: Sequence[Result]) -> str:
             **_flat("ceiling ", result.get("ceilings") or {}),
             "workload sha256": str(result["workload"]["sha256"]),
             "seed": str(result.get("seed")),
+            "tensor parallel size": str(result.get("tensor_parallel_size", 1)),
         }
         for result in results
     ]

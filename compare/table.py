@@ -37,6 +37,13 @@ def footnotes(results: Sequence[Result]) -> list[str]:
     if len(set(commits.values())) > 1:
         stated = ", ".join(f"{stage} {commit}" for stage, commit in commits.items())
         notes.append(f"Measured at different commits: {stated}.")
+    for result in results:
+        num_ranks = result.get("tensor_parallel_size", 1)
+        if num_ranks != 1:
+            notes.append(
+                f"{result['stage']}: {num_ranks} processes held the model together, each on a "
+                f"device of its own if on GPUs; memory and roofline are those of the first."
+            )
     for row in make_rows(results):
         workload = row.result["workload"]
         if row.ran_prefix:

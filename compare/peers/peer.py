@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from folovllm.bench.metrics import throughput
 from folovllm.bench.probes import PeakMemory
 from folovllm.cli.options import add_field_flags, given_fields
 from folovllm.interfaces import Engine
+from folovllm.model.collectives import Alone
 from folovllm.model.config import ModelConfig, kv_bytes_per_token
 from folovllm.request import Request
 from folovllm.text.tokenizer import Tokenizer
@@ -37,6 +38,7 @@ class PeerModel:
     dtype: torch.dtype
     num_parameters: int
     """Tied embeddings count once."""
+    collectives: Alone = field(default_factory=Alone)
 
     @property
     def num_parameter_bytes(self) -> int:

@@ -54,6 +54,14 @@ def test_stage_that_ran_a_beginning_is_marked_and_explained():
     assert not any("†" in note for note in footnotes([whole]))
 
 
+def test_processes_that_held_a_model_together_are_named():
+    alone = make_run()
+    two = make_run("m2_batching") | {"tensor_parallel_size": 2}
+    (note,) = [note for note in footnotes([alone, two]) if "processes" in note]
+    assert note.startswith("m2_batching: 2 processes held the model together")
+    assert not any("processes" in note for note in footnotes([alone]))
+
+
 def test_spread_shows_slowest_and_fastest_repeat():
     merged = merge_runs([make_run(rate=rate) for rate in (10.0, 20.0, 30.0)])
     spread = merged["spread"]["output_tokens_per_s"]

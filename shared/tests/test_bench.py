@@ -28,6 +28,7 @@ from folovllm.bench.recorder import RequestRecord, RunRecord, record_run
 from folovllm.bench.report import check_record, step_works
 from folovllm.hardware import Ceilings
 from folovllm.interfaces import StepOutput, StepStats, TokenLogprobs, TokenOutput
+from folovllm.model.collectives import Alone
 from folovllm.request import FinishReason
 from folovllm.workloads.workload import Workload, WorkloadRequest, make_workload
 
@@ -178,6 +179,7 @@ def fake_llm(clock):
         dtype=torch.float32,
         num_parameters=1000,
         num_parameter_bytes=4000,
+        collectives=Alone(),
     )
     return SimpleNamespace(engine=FakeEngine(clock), model=model)
 
@@ -210,6 +212,15 @@ def test_report_says_what_the_model_is_quantised_with():
     llm.model.config.quantization = {"quant_method": "gptq", "bits": 4}
     report = run_benchmark(llm, WORKLOAD, **options)
     assert report["model"]["quantization"] == {"quant_method": "gptq", "bits": 4}
+
+
+def test_report_says_how_many_processes_held_the_model():
+    clock = FakeClock()
+    llm = fake_llm(clock)
+    options = {"stage": "m9_fake", "ceilings": CEILINGS, "clock": clock}
+    assert run_benchmark(llm, WORKLOAD, **options)["tensor_parallel_size"] == 1
+    llm.model.collectives.num_ranks = 2
+    assert run_benchmark(llm, WORKLOAD, **options)["tensor_parallel_size"] == 2
 
 
 def test_latencies_and_throughput_follow_from_the_times():

@@ -406,6 +406,12 @@ def test_bench_refuses_a_folder_as_output_and_an_unknown_workload(run, benchmark
     assert benchmark_calls == []
 
 
+def test_table_names_the_number_of_processes_that_held_the_model():
+    assert "parallel" not in format_summary(RESULT | {"tensor_parallel_size": 1})
+    table = format_summary(RESULT | {"tensor_parallel_size": 2})
+    assert "tensor parallel size   2; memory is that of rank 0" in table
+
+
 def test_table_shows_a_dash_where_there_is_nothing_to_measure():
     assert "TPOT p50 / p99         – / – ms" in format_summary(RESULT)
 

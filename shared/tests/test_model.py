@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from folovllm.kernels.reference import causal_attention
+from folovllm.model.collectives import Alone
 from folovllm.model.config import ModelConfig, kv_bytes_per_token
+from folovllm.model.cost import ModelCost, model_cost
 from folovllm.model.loader import load_model, resolve_device
+from folovllm.model.ranks import ALONE, Ranks
 from folovllm.model.transformer import CausalLM
 from folovllm.testing.toy_models import ToyFamily, reference_logits, toy_families, write_toy_model
 
@@ -220,6 +223,29 @@ def test_presets_have_the_published_number_of_parameters(name: str, num_paramete
 
     model = CausalLM(ModelConfig.preset(name), reference, torch.bfloat16, torch.device("meta"))
     assert model.num_parameters == num_parameters
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b"])
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_processes_share_the_cost_of_a_model(name: str, size: int) -> None:
+    """All but the norms, which each computes, and rows of no token."""
+    from folovllm.kernels import reference
+
+    def cost_of(ranks: Ranks) -> ModelCost:
+        collectives = Alone()
+        collectives.ranks, collectives.num_ranks = ranks, ranks.size
+        meta = torch.device("meta")
+        config = ModelConfig.preset(name)
+        return model_cost(
+            CausalLM(config, reference, torch.bfloat16, meta, collectives=collectives)
+        )
+
+    whole, part = cost_of(ALONE), cost_of(Ranks(1, size))
+    for field in ("num_layer_parameters", "num_logits_parameters", "weight_bytes_read"):
+        share = getattr(whole, field) / size
+        assert share <= getattr(part, field) < 1.01 * share
+    assert part.kv_bytes_per_token * size == whole.kv_bytes_per_token
+    assert part.attention_flops_per_pair * size == whole.attention_flops_per_pair
 
 
 def test_kv_bytes_of_qwen3_06b() -> None:

@@ -81,6 +81,7 @@ def run_benchmark(
         "device": device_slug(model.device),
         "workload": describe_workload(workload),
         "model": _describe_model(model, model_name, load_format),
+        "tensor_parallel_size": model.collectives.num_ranks,
         "engine_config": _plain(asdict(engine.config)),
         "attention": type(getattr(engine.model_runner, "attention", None)).__name__,
         "seed": seed,

@@ -38,6 +38,9 @@ def format_summary(result: dict[str, Any]) -> str:
         count, mib = len(graphs["shapes"]), graphs["num_bytes"] / 2**20
         what = f"{count} shapes in {graphs['capture_s']:.1f} s, {mib:.0f} MiB"
         rows.append(("CUDA graphs", what))
+    num_ranks = result.get("tensor_parallel_size", 1)
+    if num_ranks != 1:
+        rows.append(("tensor parallel size", f"{num_ranks}; memory is that of rank 0"))
     title = f"{result['stage']}, {result['model']['name']}, {result['device']}"
     return "\n".join([title, *(f"  {name:<22} {value}" for name, value in rows)])
 

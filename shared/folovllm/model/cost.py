@@ -34,7 +34,7 @@ class ModelCost:
     num_layer_parameters: int
     """All but the embedding table and the output projection."""
     num_logits_parameters: int
-    """Of the output projection (vocab_size · hidden_size), tied or not."""
+    """Of the output projection (vocab_size · hidden_size, or this process's rows), tied or not."""
     weight_bytes_read: int
     """Per step; an embedding table that is not tied is only looked up and does not count."""
     kv_bytes_per_token: int
@@ -53,8 +53,9 @@ class ModelCost:
 
 
 def model_cost(model: "CausalLM") -> ModelCost:
-    config = model.config
-    table = config.vocab_size * config.hidden_size
+    """Of several processes, what each of them computes and moves."""
+    config, ranks = model.config, model.collectives.ranks
+    table = ranks.share_of_vocab(config.vocab_size) * config.hidden_size
     num_tables = 1 if config.tie_word_embeddings else 2
     return ModelCost(
         num_layer_parameters=model.num_parameters - num_tables * table,
