@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from folovllm.entrypoints.async_llm import AsyncLLM
 from folovllm.interfaces import StepOutput, StepStats
-from folovllm.request import SamplingParams
+from folovllm.request import SamplingParams, StructuredOutputsParams
 from folovllm.testing.toy_models import ToyFamily, toy_families, write_toy_model
+from folovllm.testing.toy_tokenizers import save_byte_level_tokenizer
 from m6_prefix.llm import LLM
 from m6_prefix.tests.graphed_llm import GraphedLLM
 
@@ -161,6 +162,41 @@ def test_prompt_logprobs_are_of_the_whole_vocabulary(toys) -> None:
     for output, expected in zip(outputs, alone, strict=True):
         assert output.outputs[0].token_ids == expected.outputs[0].token_ids
         assert_close_logprobs(output.prompt_logprobs, expected.prompt_logprobs)
+
+
+@pytest.mark.parametrize("llm_class", [LLM, GraphedLLM])
+def test_structured_outputs_are_followed_by_every_process(llm_class, tmp_path) -> None:
+    """Each compiles the grammars for itself, and masks the same tokens."""
+    pytest.importorskip("llguidance")
+    overrides = {"vocab_size": 373, "tie_word_embeddings": False}
+    write_toy_model(ToyFamily("llama", "llama", overrides), tmp_path)
+    save_byte_level_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 0]}')
+    schema = {"type": "object", "properties": {"a": {"enum": [7, 42]}}, "required": ["a"]}
+    structures = [
+        StructuredOutputsParams(json=schema, disable_any_whitespace=True),
+        StructuredOutputsParams(regex="(ab|cd){2,5}"),
+        StructuredOutputsParams(choice=["yes", "no"]),
+        None,
+    ]
+    params = [
+        SamplingParams(temperature=2.0, seed=3, n=2, max_tokens=30, structured_outputs=structure)
+        for structure in structures
+    ]
+    outputs = []
+    for size in (1, 2):
+        llm = make(tmp_path, size, LLM if size == 1 else llm_class, max_num_seqs=5)
+        outputs.append(
+            [
+                (completion.text, list(completion.token_ids), completion.finish_reason)
+                for output in llm.generate(PROMPTS, params, use_tqdm=False)
+                for completion in output.outputs
+            ]
+        )
+        llm.close()
+    assert outputs[0] == outputs[1]
+    assert [text for text, _, _ in outputs[1][4:6] if text not in ("yes", "no")] == []
+    assert sum(reason == "stop" for _, _, reason in outputs[1]) >= 4
 
 
 def test_equal_tokens_of_two_processes_go_to_the_lowest_id(toys, tmp_path) -> None:

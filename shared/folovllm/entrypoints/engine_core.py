@@ -45,6 +45,7 @@ from .core_messages import (
 )
 from .live.engine_watch import EngineWatch
 from .llm import LLM
+from .request_builder import grammar_compiler
 
 EXIT_DIED = 1
 MAX_UNREAD_STEPS = 10_000
@@ -211,7 +212,8 @@ def run_engine_core(llm_class: type[LLM], options: bytes, incoming: str, outgoin
     try:
         llm = _make_llm(llm_class, msgspec.msgpack.decode(options, type=CoreOptions), push)
         if llm is not None:
-            EngineCore(llm.engine, _grammar_compiler(llm), pull, push).run()
+            grammars = grammar_compiler(llm.tokenizer, llm.request_settings)
+            EngineCore(llm.engine, grammars, pull, push).run()
             status = 0
     except BaseException as error:
         failure = CoreFailure(is_mistake=False, text="".join(traceback.format_exception(error)))
@@ -234,11 +236,6 @@ def _make_llm(
         message = CoreFailure(is_mistake=True, text=str(error))
     outgoing.send(msgspec.msgpack.encode(message))
     return llm
-
-
-def _grammar_compiler(llm: LLM) -> GrammarCompiler:
-    settings = llm.request_settings
-    return GrammarCompiler(llm.tokenizer, settings["vocab_size"], settings["eos_token_ids"])
 
 
 def _facts(llm: LLM) -> CoreFacts:

@@ -31,10 +31,13 @@ from ..interfaces import Engine, StepOutput
 from ..model.collectives import ProcessGroup
 from ..model.ranks import Ranks
 from ..request import Request
+from ..text.grammars import Grammar
+from .request_builder import grammar_compiler
 
 _JOIN_TIMEOUT = timedelta(minutes=10)
 """Until every rank has loaded its part; a step that takes longer counts as stuck."""
 _END_TIMEOUT_S = 5.0
+_GRAMMAR = "grammar"
 _FOLLOW = "from folovllm.entrypoints.followers import follow; follow()"
 
 
@@ -123,7 +126,8 @@ class _SentRequests:
     """Requests that the followers have, by numbers.
 
     A request is sent once; where a later one names it, as a fork names its parent, a number goes in
-    its place, and stands for the follower's own.
+    its place, and stands for the follower's own. Its grammar stays here: the follower compiles one
+    from the same parameters.
     """
 
     def __init__(self) -> None:
@@ -135,14 +139,14 @@ class _SentRequests:
         """ValueError for what cannot be sent."""
         buffer = io.BytesIO()
         pickler = pickle.Pickler(buffer)
-        pickler.persistent_id = self._number_of  # type: ignore[method-assign]
+        pickler.persistent_id = self._stand_in_for  # type: ignore[method-assign]
         gone = [self._gone.popleft() for _ in range(len(self._gone))]
         try:
             pickler.dump((gone, call, arguments))
         except (pickle.PicklingError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{call} has something that cannot be sent to the other processes of this model "
-                f"({error}); structured outputs need tensor_parallel_size=1"
+                f"({error}); give tensor_parallel_size=1"
             ) from error
         return buffer.getvalue()
 
@@ -152,7 +156,9 @@ class _SentRequests:
         weakref.finalize(request, self._gone.append, self._num_sent).atexit = False
         self._num_sent += 1
 
-    def _number_of(self, item: object) -> int | None:
+    def _stand_in_for(self, item: object) -> int | str | None:
+        if isinstance(item, Grammar):
+            return _GRAMMAR
         return self._numbers.get(item) if isinstance(item, Request) else None
 
 
@@ -220,8 +226,8 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(message))
         self._requests = requests
 
-    def persistent_load(self, number: int) -> Request:
-        return self._requests[number]
+    def persistent_load(self, stand_in: int | str) -> Request | None:
+        return None if stand_in == _GRAMMAR else self._requests[int(stand_in)]
 
 
 def follow() -> None:
@@ -231,6 +237,7 @@ def follow() -> None:
     llm_class, options, place = connection.recv()
     llm = llm_class(**options, place=place)
     llm.use_device()
+    grammars = grammar_compiler(llm.tokenizer, llm.request_settings)
     requests: dict[int, Request] = {}
     num_received = 0
     while True:
@@ -242,7 +249,10 @@ def follow() -> None:
         for number in gone:
             del requests[number]
         if call == "add_request":
-            requests[num_received] = arguments[0]
+            request = requests[num_received] = arguments[0]
+            structure = request.sampling_params.structured_outputs
+            if structure is not None:
+                request.grammar = grammars.compile(structure)
             num_received += 1
         getattr(llm.engine, call)(*arguments)
 

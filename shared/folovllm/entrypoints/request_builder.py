@@ -3,8 +3,9 @@
 import hashlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ..request import Request, SamplingParams
 from ..setting_checks import is_int
@@ -13,6 +14,14 @@ from ..text.grammars import Grammar, GrammarCompiler
 from ..text.tokenizer import Tokenizer
 from .output_state import CompletionState, PromptState
 from .prompts import Prompt, check_token_ids
+
+
+def grammar_compiler(tokenizer: Tokenizer | None, settings: Mapping[str, Any]) -> GrammarCompiler:
+    """For requests that came from another process without their grammars.
+
+    settings: `LLM.request_settings`, of the model that answers them.
+    """
+    return GrammarCompiler(tokenizer, settings["vocab_size"], settings["eos_token_ids"])
 
 
 class RequestBuilder:
