@@ -1,4 +1,4 @@
-"""A histogram that takes many equal values at once; prometheus_client's takes one at a time."""
+"""A histogram that takes many equal values at once, and any with fewer calls than usual."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,10 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 
 class BulkHistogram(Collector):
-    """Of what happens to every token of a step, which is mostly the same for all of them."""
+    """Of what happens to every request, and to every token of a step, mostly the same to all.
+
+    One thread writes it, so that it needs no lock.
+    """
 
     def __init__(
         self,
@@ -25,7 +28,7 @@ class BulkHistogram(Collector):
         self._sum = 0.0
         registry.register(self)
 
-    def observe(self, value: float, count: int) -> None:
+    def observe(self, value: float, count: int = 1) -> None:
         """`count` values are this one."""
         self._counts[bisect_left(self._bounds, value)] += count
         self._sum += value * count

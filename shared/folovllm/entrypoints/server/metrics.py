@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from ...request import FinishReason, Request
 from ..core_messages import Step
@@ -53,10 +53,7 @@ class EngineMetrics:
         )  # fmt: skip
         self._step_tokens = histogram("iteration_tokens_total", "Tokens per step.", _TOKENS)
         self._ttft = histogram("time_to_first_token_seconds", "First token - arrival.", _TTFT)
-        self._itl = BulkHistogram(
-            "vllm:inter_token_latency_seconds", "Between two tokens.", self._labels, _ITL,
-            self._registry,
-        )  # fmt: skip
+        self._itl = histogram("inter_token_latency_seconds", "Between two tokens.", _ITL)
         self._tpot = histogram(
             "request_time_per_output_token_seconds", "(last - first) / (tokens - 1).", _ITL
         )
@@ -156,8 +153,5 @@ class EngineMetrics:
         counter = Counter(f"vllm:{name}", text, list(self._labels), registry=self._registry)
         return counter.labels(**self._labels)
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        histogram = Histogram(
-            f"vllm:{name}", text, list(self._labels), registry=self._registry, buckets=buckets
-        )
-        return histogram.labels(**self._labels)
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> BulkHistogram:
+        return BulkHistogram(f"vllm:{name}", text, self._labels, buckets, self._registry)
