@@ -227,7 +227,22 @@ def test_each_token_is_looked_at_once(byte_level, monkeypatch):
     monkeypatch.setattr(byte_level, "decode", None)
     for token_id in ids:
         detokenizer.append(token_id)
-    assert asked == ids
+    # Nobody asks for the bytes of a token again whose text is known.
+    parts = [i for i in ids if byte_level.whole_characters[i] is None]
+    assert parts and asked == parts
+
+
+def test_tokens_of_whole_characters_are_known_from_parts_of_one(byte_level, tokenizers):
+    whole = byte_level.whole_characters
+    assert [whole[i] for i in byte_level.encode("a")] == ["a"]
+    parts = in_characters(byte_level, "😀")
+    assert [whole[i] for i in parts] == [None] * 4
+    for name, tokenizer in tokenizers.items():
+        for token_id in range(tokenizer.vocab_size + 1):
+            data = tokenizer.token_bytes(token_id)
+            text = tokenizer.whole_characters[token_id]
+            assert text is None or text.encode() == data, name
+            assert (text is None) == (data.decode(errors="ignore").encode() != data), name
 
 
 # Against a reference that decodes everything after every token ------------------------------------

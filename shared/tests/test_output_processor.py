@@ -106,9 +106,10 @@ def test_no_text_is_made_before_somebody_looks(tokenizer, decoded):
     for _ in range(2):
         assert state.output().text.strip() == "the dog naps"
         assert decoded == ids
-    state.append(token(ids[0], FinishReason.LENGTH))
+    state.append(token(ids[0]))
+    state.append(token(ids[1], FinishReason.LENGTH))
     state.output()
-    assert decoded == [*ids, ids[0]]
+    assert decoded == [*ids, *ids[:2]]
 
 
 def test_every_token_is_searched_as_it_comes_where_there_are_stop_strings(tokenizer):

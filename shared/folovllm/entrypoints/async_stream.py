@@ -110,7 +110,10 @@ class AsyncOutputStream:
             if not self._is_closed:
                 self._source.check_alive()
             return ()
-        self._note_seen()
+        self._num_seen = prompt.num_output_tokens
+        self._is_closed = prompt.finished
+        if len(prompt.completions) == 1:
+            return prompt.completions
         return prompt.with_news()
 
     def close(self) -> None:

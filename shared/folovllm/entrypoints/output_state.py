@@ -94,6 +94,15 @@ class CompletionState:
 
     def take_text(self) -> str:
         """The text of `take_delta`, for whoever asks for nothing else."""
+        num_tokens = len(self._token_ids)
+        if (
+            num_tokens == self._num_decoded_tokens + 1  # a stream that is read as it comes
+            and self.finish_reason is None
+            and not self._is_searched
+            and self._detokenizer is not None
+        ):
+            self._num_decoded_tokens = self._num_taken_tokens = num_tokens
+            return self._detokenizer.extend(self._token_ids[-1:])
         text = self._text()
         self._text_parts = []
         self._num_taken_tokens = len(self._token_ids)

@@ -55,6 +55,9 @@ class IncrementalDetokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._prompt_tail = self._unfinished_character(prompt_token_ids)
         self._starts_text = self._skipped_ids.issuperset(prompt_token_ids)
+        self._whole_characters = tokenizer.whole_characters
+        self._is_between_characters = not (self._starts_text or self._prompt_tail)
+        """Whether what a token adds depends on the token alone."""
 
     @property
     def stop_reason(self) -> str | None:
@@ -73,7 +76,7 @@ class IncrementalDetokenizer:
                 f"the request should have been aborted"
             )
         self._num_tokens += 1
-        text = self._decode_one(token_id)
+        text = self._decode(token_id)
         return self._search_and_emit(text) if text else ""
 
     def extend(self, token_ids: Sequence[int]) -> str:
@@ -85,8 +88,8 @@ class IncrementalDetokenizer:
         """
         if self._stops:
             raise RuntimeError(f"tokens are searched for {self._stops} one at a time: use append")
-        if len(token_ids) == 1:  # a stream that is read as it comes
-            return self._decode_one(token_ids[0])
+        if len(token_ids) == 1:
+            return self._decode(token_ids[0])
         shown = (token_id for token_id in token_ids if token_id not in self._skipped_ids)
         pieces = []
         if self._starts_text or self._prompt_tail:
@@ -95,14 +98,24 @@ class IncrementalDetokenizer:
                 if not (self._starts_text or self._prompt_tail):
                     break
         pieces += map(self._tokenizer.token_bytes, shown)
-        return self._utf8.decode(b"".join(pieces))
+        return self._decode_bytes(b"".join(pieces))
 
-    def _decode_one(self, token_id: int) -> str:
+    def _decode(self, token_id: int) -> str:
         if token_id in self._skipped_ids:
             return ""
+        if self._is_between_characters:  # nearly always
+            text = self._whole_characters[token_id]
+            if text is not None:
+                return text
         if self._starts_text or self._prompt_tail:
-            return self._utf8.decode(self._next_bytes(token_id))
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+            return self._decode_bytes(self._next_bytes(token_id))
+        return self._decode_bytes(self._tokenizer.token_bytes(token_id))
+
+    def _decode_bytes(self, data: bytes) -> str:
+        text = self._utf8.decode(data)
+        waits_for_more = self._starts_text or self._prompt_tail or self._utf8.getstate()[0]
+        self._is_between_characters = not waits_for_more
+        return text
 
     def finish(self) -> str:
         """Return what was held back; a character that stayed unfinished becomes U+FFFD.

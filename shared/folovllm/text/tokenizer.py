@@ -1,7 +1,7 @@
 """Text to token ids and back: a thin wrapper over a Hugging Face tokenizer."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class Tokenizer:
         self._backend.no_padding()
         self._refuse_dropout()
         self._token_bytes: dict[int, bytes] = {}
+        self.whole_characters: Mapping[int, str | None] = _WholeCharacters(self.token_bytes)
+        """Any token's id -> its text after other text, None if it holds part of a character."""
         self._traits: dict[str, TemplateTraits] = {}
 
     @staticmethod
@@ -274,3 +276,19 @@ class Tokenizer:
             if self.decode([token_id]).isalnum():
                 return int(token_id)
         raise ValueError(f"the tokenizer of {self.path!r} has no token that is a plain word")
+
+
+class _WholeCharacters(dict[int, str | None]):
+    """Fills itself when it is asked, so that what a stream asks again and again is a look-up."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._token_bytes_of = token_bytes
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text: str | None = self._token_bytes_of(token_id).decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text
