@@ -11,6 +11,7 @@ from folovllm.kernels.random import best_candidates, choices_of, choose_tokens
 from folovllm.model.logits_parts import LogitsParts
 from folovllm.model.ranks import Ranks
 from folovllm.request import Request, SamplingParams
+from folovllm.sampling.largest_batch import run_largest_sampling
 from folovllm.sampling.sampler import Sampler
 
 CPU = torch.device("cpu")
@@ -193,6 +194,17 @@ def test_all_logits_travel_for_rules_that_look_at_them_and_for_no_others(rules, 
     choices, sent = on_all_ranks(logits, 2, sample)
     assert choices[0].tolist() == expected.token_ids
     assert sent == [2 * 128 if gathers else 2]
+
+
+def test_profiling_gathers_the_largest_batch() -> None:
+    """It stands for rules that need all logits, so their memory counts."""
+
+    def run(parts: LogitsParts, part: torch.Tensor) -> torch.Tensor:
+        run_largest_sampling(Sampler(199, CPU, parts), 40, torch.bfloat16)
+        return part[:0]
+
+    _, sent = on_all_ranks(torch.zeros(1, 199), 2, run)
+    assert sent == [40 * 128]
 
 
 def test_logits_of_another_width_are_refused() -> None:
