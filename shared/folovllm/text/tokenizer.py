@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from .chat import (
     check_options,
     normalise_messages,
 )
+from .pieces import PieceEncoder, find_separators
 
 _BYTE_FALLBACK_LEN = len("<0x00>")
 
@@ -110,13 +111,7 @@ class Tokenizer:
         add_special_tokens: False for a text that has them already, as a chat template writes it.
         ValueError if it holds half a surrogate pair, which stands for no character.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text is no valid Unicode: it holds {text[error.start]!r} at index "
-                f"{error.start}; read it with the encoding that it was written in"
-            ) from error
+        _check_unicode(text)
         # This call takes a third less time than `encode`, which also notes where each token stands,
         # and other threads run meanwhile: a server that reads a long prompt goes on streaming.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
@@ -133,9 +128,14 @@ class Tokenizer:
         return text
 
     def apply_chat_template(
-        self, messages: Sequence[Message], options: ChatOptions = DEFAULT_OPTIONS
+        self,
+        messages: Sequence[Message],
+        options: ChatOptions = DEFAULT_OPTIONS,
+        cache_salt: str | None = None,
     ) -> list[int]:
         """Token ids of a conversation in the format that the model was trained on.
+
+        cache_salt: only calls with the same one share what was encoded for earlier turns.
 
         ValueError if there is no template, a message is malformed, the template does not look at
         one of the options, refuses the conversation, fails on it or makes nothing of it.
@@ -146,13 +146,27 @@ class Tokenizer:
                 f"model; use generate with plain text, an instruct model, or give a chat_template"
             )
         text = self._render(messages, options)
-        token_ids = self.encode(text, add_special_tokens=False)  # the template has written them
+        token_ids = self._encode_conversation(text, cache_salt)
         if not token_ids:
             raise ValueError(
                 f"the chat template of {self.path!r} makes {text!r} of this conversation, which "
                 f"has no tokens; correct the template, or give generate a prompt of your own"
             )
         return token_ids
+
+    def _encode_conversation(self, text: str, cache_salt: str | None) -> list[int]:
+        """As `encode`, without special tokens: the template has written them."""
+        if self._pieces is None:
+            return self.encode(text, add_special_tokens=False)
+        _check_unicode(text)
+        return self._pieces.encode(text, cache_salt)
+
+    @cached_property
+    def _pieces(self) -> PieceEncoder | None:
+        separators = find_separators(self._backend)
+        if not separators:
+            return None
+        return PieceEncoder(separators, partial(self.encode, add_special_tokens=False))
 
     def _render(self, messages: Sequence[Message], options: ChatOptions) -> str:
         template, traits = self._find_template(options)
@@ -276,6 +290,16 @@ class Tokenizer:
             if self.decode([token_id]).isalnum():
                 return int(token_id)
         raise ValueError(f"the tokenizer of {self.path!r} has no token that is a plain word")
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is no valid Unicode: it holds {text[error.start]!r} at index "
+            f"{error.start}; read it with the encoding that it was written in"
+        ) from error
 
 
 class _WholeCharacters(dict[int, str | None]):

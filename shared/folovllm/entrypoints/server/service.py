@@ -224,7 +224,7 @@ class Service:
     def _render(self, body: ConversationBody, cache_salt: str | None) -> Prompt:
         try:
             tokenizer = self._tokenizer()
-            ids = tokenizer.apply_chat_template(body.messages, body.chat_options())
+            ids = tokenizer.apply_chat_template(body.messages, body.chat_options(), cache_salt)
             return Prompt(None, ids, cache_salt)  # nobody asks for its text
         except ValueError as error:
             refusal = invalid_value(error, ConversationBody.model_fields, "messages")
