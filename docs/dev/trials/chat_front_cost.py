@@ -7,8 +7,9 @@ Servers whose engine only sleeps (`testing/served_llm.py`) are up at the same ti
 checkout, and answer the conversations of `stream_client.py` in turns. Reported is the processor
 time of the front (kernel included, from /proc/PID/task) per chat request, in milliseconds: of the
 thread with the event loop and of the others, which make prompts of conversations. Medians and
-quartiles of the rounds; the first one warms up. The workloads differ in how many tokens an answer
-has: one token says what a request costs, more add what a token does. Linux only.
+quartiles of the rounds, the first of which warms up, and of the ratios to the first checkout. The
+workloads differ in how many tokens an answer has: one token says what a request costs, more add
+what a token does. Linux only.
 """
 
 import argparse
@@ -86,6 +87,12 @@ def summarise(runs: list[dict[str, float]]) -> dict[str, Any]:
     return {**medians, **quartiles, "runs": runs}
 
 
+def over_first(runs: list[dict[str, float]], first: list[dict[str, float]]) -> float:
+    """Median of the rounds' ratios: what others do on the machine meets both of a round."""
+    pairs = zip(runs, first, strict=True)
+    return statistics.median(run["main_ms"] / other["main_ms"] for run, other in pairs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkouts", type=Path, nargs="+", default=[Path()], metavar="DIR")
@@ -122,6 +129,7 @@ def main() -> None:
     rows = []
     for (spec, number), of_checkout in sorted(runs.items()):
         row = {"workload": spec, "checkout": number, **summarise(of_checkout)}
+        row["main_ms_over_first"] = over_first(of_checkout, runs[spec, 0])
         shown = {name: value for name, value in row.items() if isinstance(value, float)}
         print(spec, number, {name: round(value, 3) for name, value in shown.items()}, flush=True)
         rows.append(row)
