@@ -27,9 +27,7 @@ BROUGHT_BY = {
     "huggingface_hub": "transformers",
     "tokenizers": "transformers",
     "jinja2": "torch",
-    "pydantic": "fastapi",
-    "pydantic_core": "fastapi",
-    "starlette": "fastapi",
+    "pydantic_core": "pydantic",
     "uvloop": "uvicorn",
     "zmq": "pyzmq",
 }

@@ -8,7 +8,7 @@ from unittest.mock import AsyncMock
 import pytest
 
 pytest.importorskip("prometheus_client")
-pytest.importorskip("fastapi")
+pytest.importorskip("starlette")
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 

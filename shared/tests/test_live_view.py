@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("msgspec")
-pytest.importorskip("fastapi")
+pytest.importorskip("starlette")
 
 from folovllm.entrypoints.live.engine_view import EngineView
 from folovllm.entrypoints.server.page import live_view
