@@ -61,8 +61,8 @@ class KVCache:
             sources = np.array([copy.source for copy in run], dtype=np.int64)
             destinations = np.array([copy.destination for copy in run], dtype=np.int64)
             if run[0].kind is CopyKind.COPY_ON_WRITE:
-                # As rows of a matrix: along an axis in the middle of a tensor of over 2 GiB, torch
-                # launches a kernel for every layer.
+                # As rows of a matrix: along an axis in the middle, torch launches a kernel for
+                # every 2 GiB that the tensor has.
                 rows = self.kv.view(-1, self.kv[0, 0, 0].numel())
                 firsts = np.arange(0, len(rows), self.kv.shape[2])[:, None]
                 places = ((firsts + sources).ravel(), (firsts + destinations).ravel())

@@ -5,7 +5,8 @@
 Prompts of 8,192 tokens, one at a time, as in the workload prefix-hit; 0.6B shape, random weights.
 Of each share: moments after arrival (ms) at which the request was added, the first step was
 scheduled, its inputs were ready, its launches had returned, and its token was there; how long the
-device worked on that step; and its kernels, by a profiler in a run of their own.
+device worked on that step; and its kernels, by a profiler in a run of their own. For the engine of
+another commit, put its m6_prefix before this one on PYTHONPATH; the stored file has two such runs.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 Shapes are those of Qwen3-8B with groups of 128, symmetric. A variant is a `Tile` of the stage's
 kernel; `stage` is the one that m7_gptq runs today. Every product of a chain has weights of its own,
-more than the L2 cache holds. With `--seconds N`, shapes and rows whose turn
-has not come by then are left out.
+more than the L2 cache holds. `--rows` says how many rows; with `--seconds N`, what has its turn
+later is left out.
 """
 
 import argparse
@@ -129,6 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--stage-only", action="store_true")
+    parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
     parser.add_argument("--seconds", type=float, default=600.0)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -139,7 +140,7 @@ def main() -> None:
         matrices = [random_matrix(*shape) for _ in range(copies)]
         packed = [int4_matmul.pack_for_kernel(m) for m in matrices]
         plain = [m.dequantize().to(torch.bfloat16) for m in matrices[:4]]
-        for num_rows in ROWS:
+        for num_rows in args.rows:
             if time.perf_counter() > end:
                 break
             tries = [] if args.stage_only else list(variants(num_rows))
