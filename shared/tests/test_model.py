@@ -1,6 +1,7 @@
 """Configuration, weights and the transformer itself."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,25 @@ def test_processes_share_the_cost_of_a_model(name: str, size: int) -> None:
         assert share <= getattr(part, field) < 1.01 * share
     assert part.kv_bytes_per_token * size == whole.kv_bytes_per_token
     assert part.attention_flops_per_pair * size == whole.attention_flops_per_pair
+
+
+def test_logits_of_no_token_are_chosen_by_nobody() -> None:
+    """199 tokens in parts of 100 or so: the last part has columns for more."""
+    from folovllm.kernels import reference
+
+    collectives = Alone()
+    collectives.ranks = Ranks(1, 2)
+    config = replace(ModelConfig.preset("qwen3-0.6b"), vocab_size=199, num_layers=1)
+    cpu = torch.device("cpu")
+    model = CausalLM(config, reference, torch.float32, cpu, collectives=collectives)
+    assert isinstance(model.lm_head, torch.Tensor)
+    num_tokens = model.vocab_part.stop - model.vocab_part.start
+    model.lm_head.zero_()[:num_tokens] = -1.0  # less than what zeros give
+    hidden = torch.ones(3, config.hidden_size)
+    out = torch.empty(3, len(model.lm_head))
+    for logits in (model.compute_logits(hidden), model.compute_logits(hidden, out)):
+        assert logits.shape[1] > num_tokens and (logits[:, num_tokens:] == -torch.inf).all()
+        assert (logits[:, :num_tokens] == -config.hidden_size).all()
 
 
 def test_kv_bytes_of_qwen3_06b() -> None:
