@@ -110,8 +110,7 @@ class AsyncOutputStream:
             if not self._is_closed:
                 self._source.check_alive()
             return ()
-        self._num_seen = prompt.num_output_tokens
-        self._is_closed = prompt.finished
+        self._note_seen()
         if len(prompt.completions) == 1:
             return prompt.completions
         return prompt.with_news()
