@@ -8,6 +8,7 @@ seconds and bytes; memory is that of the first run, since it is the same every t
 
 import argparse
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -43,9 +44,18 @@ def describe(folder: str, engine: str, runs: Sequence[dict[str, Any]]) -> dict[s
         row["ttft_p50_by_group_s"] = {
             group: middle(lambda run, g=group: run["ttft_by_group_s"][g]["p50"]) for group in groups
         }
+    if follower_waits(first):
+        row["arrival_to_step_p50_s"] = middle(lambda run: median(follower_waits(run)))
     row["peak_memory_bytes"] = first["peak_memory_bytes"]
     row["model"] = {name: first["model"][name] for name in ("name", "weight_bytes")}
     return row
+
+
+def follower_waits(run: dict[str, Any]) -> list[float]:
+    """From the arrival of a request that follows another to the beginning of the next step."""
+    starts = run["steps"]["start_s"]
+    arrivals = [request["arrival_s"] for request in run["requests"] if request["follows"]]
+    return [starts[bisect_left(starts, arrival)] - arrival for arrival in arrivals]
 
 
 def main() -> None:
